@@ -1,0 +1,57 @@
+# The commands that a person and CI run. Everything installs into .venv; nothing else on the machine changes.
+#   make demo    data, training, export, verification, verdicts: the whole chain in minutes
+#   make test    the tests            make test-all   with the slow ones
+#   make check   lint, types, format  make format     apply the format
+#   make bench   benchmarks, their JSON and the README's tables
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Versions that the tests passed with; CONSTRAINTS= installs the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+EXTRAS := train,export,cpu,dev
+# TensorRT-RTX has wheels for this platform only; elsewhere the ONNX files are made without an engine.
+ifeq ($(shell uname -sm),Linux x86_64)
+EXTRAS := $(EXTRAS),rtx
+endif
+
+.PHONY: demo test test-all check format bench install clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[$(EXTRAS)]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m train.run --preset demo --out runs/demo --overwrite
+	$(BIN)/python -m train.evaluate --run runs/demo --data data/demo
+	$(BIN)/python -m export.trt --run runs/demo --out models/demo --fp32 --fp16 --int8
+	$(BIN)/python -m export.verify --model models/demo --run runs/demo
+	$(BIN)/ntf predict --model models/demo data/demo/test/pixel_shuffle/*/*0[0-3].png
+	$(BIN)/python -m export.summary --run runs/demo --model models/demo
+
+# Two processes of one thread each finish sooner than one of two.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m benchmarks.tables
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
