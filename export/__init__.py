@@ -1,0 +1,1 @@
+"""Export side: a run folder in, a checked model bundle out."""

@@ -1,0 +1,1 @@
+"""Training side: pictures in, a run folder out."""
