@@ -1,0 +1,182 @@
+"""The run folder on disk: configuration, weights, the state of an exact resume, history.
+
+    config.json          resolved configuration, data hashes, versions, commit
+    stage1.safetensors   encoder and both trace heads
+    stage2.safetensors   the detector, with the mean natural trace
+    state.pt             optimiser, random numbers and position, for `--resume`
+    calibration.json     temperature, bias and thresholds fitted on the validation pictures
+    history.jsonl        one line for each epoch
+    report/              what `train.evaluate` writes
+
+Every file but the history is written to a temporary file first and renamed, so a killed run leaves whole files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from runtime.manifest import CalibrationSpec
+from runtime.strict_json import canonical_json, from_jsonable, to_jsonable
+from train.config import RunConfig, config_from_file
+from train.encoder import Encoder, load_exactly, read_state
+from train.errors import CheckpointError
+from train.model import NTFDetector, freeze_natural_traces
+
+CONFIG_FILE = "config.json"
+STAGE1_FILE = "stage1.safetensors"
+STAGE2_FILE = "stage2.safetensors"
+STATE_FILE = "state.pt"
+CALIBRATION_FILE = "calibration.json"
+HISTORY_FILE = "history.jsonl"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Canonical JSON, atomically."""
+    write_atomically(path, canonical_json(value).encode())
+
+
+def save_weights(path: Path, module: nn.Module) -> None:
+    """The module's state dictionary as safetensors, atomically."""
+    state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    write_atomically(path, safetensors_bytes(state))
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Resume state: tensors, numbers, strings and containers of them; atomically."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_state(run: Path) -> dict[str, Any]:
+    """What `save_state` wrote; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    path = run / STATE_FILE
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            str(path),
+            got=str(error).split("\n", 1)[0],
+            wanted="the state that training writes at the end of each epoch",
+            remedy="start the run again; a run that was stopped in its first epoch has nothing to resume",
+        ) from error
+    return state
+
+
+def save_calibration(run: Path, calibration: CalibrationSpec) -> None:
+    """Write the calibration of the PyTorch model."""
+    save_json(run / CALIBRATION_FILE, to_jsonable(calibration, subject="calibration"))
+
+
+def load_calibration(run: Path) -> CalibrationSpec:
+    """Calibration of the PyTorch model.
+
+    Raises:
+        CheckpointError: the run was not finished, so there is none.
+        BundleError: the file is damaged.
+    """
+    path = require_run_file(run, CALIBRATION_FILE)
+    return from_jsonable(CalibrationSpec, json.loads(path.read_text(encoding="utf-8")), subject=str(path))
+
+
+def load_config(run: Path) -> RunConfig:
+    """Configuration of a run.
+
+    Raises:
+        CheckpointError: the folder is not a run.
+        ConfigError: its config.json does not fit this version.
+    """
+    return config_from_file(require_run_file(run, CONFIG_FILE))
+
+
+def load_detector(run: Path) -> NTFDetector:
+    """The trained detector, on the CPU and in eval mode.
+
+    Raises:
+        CheckpointError: the run is not finished, or its weights do not fit its configuration.
+    """
+    model = load_config(run).model
+    path = require_run_file(run, STAGE2_FILE)
+    detector = NTFDetector(Encoder(model.encoder), model.embedding_dim, model.classifier_input)
+    load_exactly(detector, read_state(path), source=path)
+    return freeze_natural_traces(detector).eval()
+
+
+def newest_run(root: Path = Path("runs")) -> Path:
+    """The finished run below `root` that was trained last.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    finished = [path.parent for path in root.glob(f"*/{CALIBRATION_FILE}")]
+    if not finished:
+        raise CheckpointError(
+            str(root),
+            got="no finished run",
+            wanted="a folder that python -m train.run left",
+            remedy="train first, or name the run with --run",
+        )
+    return max(finished, key=lambda run: (run / CALIBRATION_FILE).stat().st_mtime)
+
+
+def require_run_file(run: Path, name: str) -> Path:
+    """Path of a file that a finished run has.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    path = run / name
+    if not path.is_file():
+        found = "no such folder" if not run.is_dir() else f"a folder without {name}"
+        raise CheckpointError(
+            str(run),
+            got=found,
+            wanted=f"a finished run with {name}",
+            remedy=f"finish it with python -m train.run --resume {run}, or name another run",
+        )
+    return path
+
+
+def append_history(run: Path, record: Mapping[str, Any]) -> None:
+    """Add one line to the history."""
+    with (run / HISTORY_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, sort_keys=True) + "\n")
+
+
+def trim_history(run: Path, *, stage: int, epoch: int) -> None:
+    """Drop the lines of epochs that a resume from (stage, epoch) will train again."""
+    path = run / HISTORY_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may cut the last line short
+    kept = [r for r in records if (r["stage"], r["epoch"]) < (stage, epoch)]
+    write_atomically(path, "".join(json.dumps(r, sort_keys=True) + "\n" for r in kept).encode())

@@ -1,0 +1,254 @@
+"""What a person chooses before training: frozen dataclasses, two presets, and JSON both ways.
+
+Every choice that the paper leaves open is one named field; its default is stated beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from cpp_ext.reference import Denominator, Form
+from runtime.errors import BundleError
+from runtime.strict_json import from_jsonable
+from train.encoder import PACKAGE_ENCODER, PACKAGE_WEIGHTS
+from train.errors import ConfigError
+from train.losses import HomReduction, Orthogonality
+from train.model import ClassifierInput
+
+Preset = Literal["demo", "paper"]
+DEMO_DATA = "demo"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The networks."""
+
+    encoder: str = PACKAGE_ENCODER
+    """timm model name."""
+    encoder_weights: str = PACKAGE_WEIGHTS
+    """A .safetensors or torch file; "package" (ImageNet weights of tf_efficientnet_lite0); "none" (random)."""
+    embedding_dim: int = 128
+    """C, width of the projected rows."""
+    classifier_input: ClassifierInput = "projection"
+    """What the classifier reads: z, the encoder's embedding, or both."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Both stages' losses."""
+
+    temperature: float = 0.07
+    """tau."""
+    lambda_orth: float = 0.1
+    """Weight of Eq. (3) in Eq. (4)."""
+    hom_reduction: HomReduction = "max"
+    """How Eq. (2) sums up the distances of a batch."""
+    hom_topk: int = 16
+    """Pairs taken with --hom-reduction topk."""
+    orth: Orthogonality = "square"
+    """Eq. (3): cos^2, the cosine as printed, or its absolute value."""
+    eta: float = 0.5
+    """Weight of the natural traces in Eq. (5)."""
+    gamma: float = 0.5
+    """Weight of the cross entropy in Eq. (7)."""
+    scl_form: Form = "log_sum"
+    """Reading of Eq. (5)."""
+    scl_denominator: Denominator = "all"
+    """K(i) in Eq. (5): all other rows, or the rows of the other label."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to a training picture besides cropping; alike on real and fake pictures."""
+
+    flip: bool = True
+    """Horizontal flip, half of the time."""
+    colour_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation, in [0, 1)."""
+    grey: float = 0.0
+    """Share of the pictures turned grey, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Stage1Config:
+    """Natural traces, from real pictures alone."""
+
+    epochs: int = 200
+    batch_size: int = 256
+    """Source images in a batch; each gives two views."""
+    lr: float = 0.1
+    """Initial learning rate of SGD; falls to 0 along a cosine."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-3
+    train_encoder: bool = True
+    """False trains the two heads alone, on an encoder that stays as it was loaded."""
+
+
+@dataclass(frozen=True)
+class Stage2Config:
+    """Real against fake, on the frozen encoder."""
+
+    epochs: int = 10
+    batch_size: int = 256
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-3
+    scl_crop: int = 32
+    """Side in pixels of the random crops whose rows enter Eq. (5); the input size takes the classifier's rows."""
+    trace_crop: Literal["input", "scl"] = "input"
+    """The crop of a real picture from which its natural trace h is taken."""
+
+
+@dataclass(frozen=True)
+class DecisionConfig:
+    """How the verdict's thresholds are fitted on validation pictures."""
+
+    real_flagged_rate: float = 0.01
+    """Wanted share of real pictures called fake."""
+    fake_missed_rate: float = 0.05
+    """Wanted share of fake pictures called real; between the two thresholds the verdict is uncertain."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    preset: Annotated[Preset, tyro.conf.Suppress] = "paper"
+    data: str = ""
+    """Folder or CSV with a train and a val split; "demo" builds the demo data in data/demo."""
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
+    loss: Annotated[LossConfig, tyro.conf.arg(name="")] = field(default_factory=LossConfig)
+    augment: Annotated[AugmentConfig, tyro.conf.arg(name="")] = field(default_factory=AugmentConfig)
+    decision: Annotated[DecisionConfig, tyro.conf.arg(name="")] = field(default_factory=DecisionConfig)
+    stage1: Stage1Config = field(default_factory=Stage1Config)
+    stage2: Stage2Config = field(default_factory=Stage2Config)
+    seed: int = 0
+    device: str = "auto"
+    """torch device; "auto" is the first CUDA device, or the CPU where there is none."""
+    workers: int = 0
+    """Processes that decode pictures; 0 decodes in the training process."""
+    checkpoint_steps: int = 0
+    """Write a checkpoint every so many batches; 0 writes one at the end of each epoch."""
+
+
+def preset_config(preset: Preset) -> RunConfig:
+    """The paper's settings, or the demo's: the same method at a size that two cores train in minutes."""
+    if preset == "paper":
+        model = ModelConfig(encoder="resnet50", encoder_weights="")
+        return RunConfig(preset="paper", model=model, workers=8)
+    return RunConfig(
+        preset="demo",
+        data=DEMO_DATA,
+        stage1=Stage1Config(epochs=2, batch_size=24, lr=0.01),
+        stage2=Stage2Config(epochs=6, batch_size=48, lr=0.1),
+    )
+
+
+def config_from_dict(values: object, *, source: str) -> RunConfig:
+    """Configuration from plain JSON types.
+
+    Args:
+        values: as `dataclasses.asdict` makes it; fields left out are the paper preset's.
+        source: named in errors.
+
+    Raises:
+        ConfigError: an unknown field, or a value of the wrong type.
+    """
+    complete = _merged(dataclasses.asdict(preset_config("paper")), values)
+    try:
+        return from_jsonable(RunConfig, complete, subject=source)
+    except BundleError as error:
+        raise ConfigError(
+            error.subject,
+            got=error.got,
+            wanted=error.wanted,
+            remedy="correct it, or compare a run's config.json",
+        ) from error
+
+
+def config_from_file(path: Path) -> RunConfig:
+    """Configuration in a JSON file: a run's `config.json`, or its `config` part alone.
+
+    Raises:
+        ConfigError: no such file, not JSON, or not a configuration.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            str(path), got=str(error), wanted="a JSON file", remedy="pass the config.json of a run"
+        ) from error
+    if isinstance(values, dict):
+        values = values.get("config", values)
+    return config_from_dict(values, source=str(path))
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse values that do not make sense before any work is done.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    positive = "a number above 0"
+    rate = "a share between 0 and 1"
+    rules: list[tuple[str, Any, bool, str]] = [
+        ("--temperature", config.loss.temperature, config.loss.temperature > 0, positive),
+        ("--embedding-dim", config.model.embedding_dim, config.model.embedding_dim > 0, positive),
+        ("--hom-topk", config.loss.hom_topk, config.loss.hom_topk > 0, positive),
+        ("--colour-jitter", config.augment.colour_jitter, 0 <= config.augment.colour_jitter < 1, "[0, 1)"),
+        ("--grey", config.augment.grey, 0 <= config.augment.grey <= 1, "[0, 1]"),
+        ("--workers", config.workers, config.workers >= 0, "0 or more"),
+        ("--seed", config.seed, config.seed >= 0, "0 or more"),
+        ("--checkpoint-steps", config.checkpoint_steps, config.checkpoint_steps >= 0, "0 or more"),
+        ("--stage2.scl-crop", config.stage2.scl_crop, config.stage2.scl_crop > 0, positive),
+        (
+            "--real-flagged-rate",
+            config.decision.real_flagged_rate,
+            _is_rate(config.decision.real_flagged_rate),
+            rate,
+        ),
+        (
+            "--fake-missed-rate",
+            config.decision.fake_missed_rate,
+            _is_rate(config.decision.fake_missed_rate),
+            rate,
+        ),
+    ]
+    for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
+        rules += [
+            (f"--{name}.epochs", stage.epochs, stage.epochs >= 1, "1 or more"),
+            (f"--{name}.batch-size", stage.batch_size, stage.batch_size >= 2, "2 or more"),
+            (f"--{name}.lr", stage.lr, stage.lr > 0 and math.isfinite(stage.lr), positive),
+        ]
+    for option, value, holds, wanted in rules:
+        if not holds:
+            raise ConfigError(option, got=str(value), wanted=wanted, remedy="change this option")
+    if not config.data:
+        raise ConfigError(
+            "--data",
+            got="nothing",
+            wanted="a folder or CSV with a train and a val split",
+            remedy="pass --data DIR, or --data demo for the demo pictures",
+        )
+
+
+def _merged(defaults: dict[str, Any], values: object) -> object:
+    """`values` with what it leaves out taken from `defaults`, field by field."""
+    if not isinstance(values, dict):
+        return values
+    kept = {
+        key: _merged(defaults[key], value) if isinstance(defaults.get(key), dict) else value
+        for key, value in values.items()
+    }
+    return defaults | kept
+
+
+def _is_rate(value: float) -> bool:
+    return 0 < value < 1

@@ -1,0 +1,161 @@
+"""Batches of training views whose content depends on (seed, stage, epoch, picture) alone.
+
+No generator carries state from one picture to the next: the same batches come out with any number of workers,
+and a resumed run starts in the middle of an epoch without replaying what came before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from runtime.decode import decode_picture
+from runtime.preprocess import PreprocessSpec, prepare
+from train.config import AugmentConfig
+from train.data import PictureRecord
+from train.transforms import random_view
+
+
+class Key(NamedTuple):
+    """One draw of one picture."""
+
+    epoch: int
+    index: int
+
+
+class ViewBatch(NamedTuple):
+    """Two views of each of B pictures."""
+
+    first: Tensor  # (B, H, W, 3) uint8
+    second: Tensor  # (B, h, w, 3) uint8
+    labels: Tensor  # (B,) int64
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """Which views a stage draws.
+
+    Attributes:
+        seed: of the run.
+        stage: 1 or 2; the stages draw differently from the same seed.
+        first: rows and columns of the first view.
+        second: rows and columns of the second, independently cropped view.
+        augment: what happens to a view besides cropping.
+    """
+
+    seed: int
+    stage: int
+    first: tuple[int, int]
+    second: tuple[int, int]
+    augment: AugmentConfig
+
+
+class ViewDataset(Dataset[tuple[Tensor, Tensor, int]]):
+    """Random views of the records, one item per `Key`."""
+
+    def __init__(self, records: Sequence[PictureRecord], plan: ViewPlan) -> None:
+        self.records = records
+        self.plan = plan
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, int]:
+        record, plan = self.records[key.index], self.plan
+        rng = np.random.default_rng([plan.seed, plan.stage, key.epoch, key.index])
+        rgb = decode_picture(record.path)
+        first = random_view(rgb, plan.first, plan.augment, rng)
+        return first, random_view(rgb, plan.second, plan.augment, rng), record.label
+
+
+class EpochBatches(Sampler[list[Key]]):
+    """Batches of one epoch in the order that (seed, stage, epoch) gives, from batch `start` on.
+
+    The last batch is smaller when the pictures do not fill it; no picture is left out.
+    """
+
+    def __init__(self, count: int, batch_size: int, plan: ViewPlan, epoch: int, start: int = 0) -> None:
+        self.batches = batch_count(count, batch_size)
+        self.count, self.batch_size, self.plan, self.epoch, self.start = count, batch_size, plan, epoch, start
+
+    def __len__(self) -> int:
+        return self.batches - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = np.random.default_rng([self.plan.seed, self.plan.stage, self.epoch]).permutation(self.count)
+        for batch in range(self.start, self.batches):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [Key(self.epoch, int(index)) for index in chosen]
+
+
+class PreparedDataset(Dataset[NDArray[np.uint8]]):
+    """Records as the exported model sees them: decoded, padded and centre cropped."""
+
+    def __init__(self, records: Sequence[PictureRecord], spec: PreprocessSpec) -> None:
+        self.records = records
+        self.spec = spec
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> NDArray[np.uint8]:
+        return prepare(decode_picture(self.records[index].path), self.spec)
+
+
+def batch_count(pictures: int, batch_size: int) -> int:
+    """Batches in an epoch, the last one perhaps smaller."""
+    return -(-pictures // batch_size)
+
+
+def view_loader(
+    records: Sequence[PictureRecord],
+    plan: ViewPlan,
+    *,
+    batch_size: int,
+    epoch: int,
+    start: int = 0,
+    workers: int = 0,
+) -> DataLoader[ViewBatch]:
+    """Loader over the views of one epoch, from batch `start` on.
+
+    Raises:
+        PictureError: while iterating, for a picture that cannot be decoded.
+    """
+    return DataLoader(
+        ViewDataset(records, plan),
+        batch_sampler=EpochBatches(len(records), batch_size, plan, epoch, start),
+        num_workers=workers,
+        collate_fn=_view_batch,
+        # Its own generator: the loader would otherwise draw from, and so shift, the run's random numbers.
+        generator=torch.Generator(),
+    )
+
+
+def prepared_loader(
+    records: Sequence[PictureRecord], spec: PreprocessSpec, *, batch_size: int, workers: int = 0
+) -> DataLoader[Tensor]:
+    """Loader of (N, H, W, 3) uint8 batches in the order of the records.
+
+    Raises:
+        PictureError: while iterating, for a picture that cannot be decoded.
+    """
+    return DataLoader(
+        PreparedDataset(records, spec),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_image_batch,
+        generator=torch.Generator(),
+    )
+
+
+def _view_batch(items: list[tuple[Tensor, Tensor, int]]) -> ViewBatch:
+    first, second, labels = zip(*items, strict=True)
+    return ViewBatch(torch.stack(first), torch.stack(second), torch.tensor(labels))
+
+
+def _image_batch(items: list[NDArray[np.uint8]]) -> Tensor:
+    return torch.from_numpy(np.stack(items))

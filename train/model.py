@@ -1,0 +1,150 @@
+"""The networks of both stages: an encoder with trace heads, and the detector that is shipped."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.encoder import Encoder
+
+ClassifierInput = Literal["projection", "encoder", "both"]
+
+
+class DetectorOutput(NamedTuple):
+    """What the detector says of N images; the exported graph has the same four outputs."""
+
+    logits: Tensor  # (N,) float32, larger means more likely fake, not calibrated
+    trace_similarity: Tensor  # (N,) float32 in [-1, 1], cosine of z with the mean natural trace
+    embeddings: Tensor  # (N, C) float32, unit rows z
+    evidence: Tensor  # (N, h, w) float32, the logit of each cell of the encoder's map
+
+
+class ProjectionHead(nn.Sequential):
+    """Linear(d, d) - ReLU - Linear(d, C); its L2-normalised output is a row on the unit sphere."""
+
+    def __init__(self, width: int, embedding_dim: int) -> None:
+        super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, embedding_dim))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(super().forward(embeddings), dim=-1)
+
+
+class PixelNormalizer(nn.Module):
+    """Raw pixels (N, H, W, 3) uint8 to normalised (N, 3, H, W) float32: the only place that knows mean and std."""
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        super().__init__()
+        scale = 1.0 / (255.0 * torch.tensor(std))
+        shift = -torch.tensor(mean) / torch.tensor(std)
+        self.register_buffer("scale", scale.reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.reshape(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32).permute(0, 3, 1, 2) * self.scale + self.shift
+
+
+class TraceModel(nn.Module):
+    """Stage 1: an encoder with a homogeneous and a heterogeneous head (Sec. 4.1 of Liang et al. 2024).
+
+    Args:
+        encoder: E.
+        embedding_dim: C, width of both heads' outputs.
+    """
+
+    def __init__(self, encoder: Encoder, embedding_dim: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.normalizer = PixelNormalizer(encoder.mean, encoder.std)
+        self.head_hom = ProjectionHead(encoder.width, embedding_dim)
+        self.head_het = ProjectionHead(encoder.width, embedding_dim)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Homogeneous and heterogeneous unit rows, each (N, C), of raw images (N, H, W, 3) uint8."""
+        embedding = self.encoder.embed(self.normalizer(images))
+        return self.head_hom(embedding), self.head_het(embedding)
+
+
+class NTFDetector(nn.Module):
+    """Stage 2, and what is shipped: the frozen encoder, the projection g and the classifier D.
+
+    The homogeneous head stays in the checkpoint because stage 2 needs the traces of each batch; `forward`, and
+    with it the exported graph, uses only their mean.
+
+    Args:
+        encoder: E, frozen in stage 2.
+        embedding_dim: C.
+        classifier_input: what D reads: "projection" z, "encoder" e, or "both" side by side.
+    """
+
+    def __init__(self, encoder: Encoder, embedding_dim: int, classifier_input: ClassifierInput) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.encoder_name = encoder.name
+        self.input_size = encoder.input_size
+        self.mean, self.std = encoder.mean, encoder.std
+        self.embedding_dim = embedding_dim
+        self.classifier_input: ClassifierInput = classifier_input
+        self.normalizer = PixelNormalizer(encoder.mean, encoder.std)
+        self.head_hom = ProjectionHead(encoder.width, embedding_dim)
+        self.projection = ProjectionHead(encoder.width, embedding_dim)
+        widths = {
+            "projection": embedding_dim,
+            "encoder": encoder.width,
+            "both": embedding_dim + encoder.width,
+        }
+        self.classifier = nn.Linear(widths[classifier_input], 1)
+        self.register_buffer("mean_trace", torch.zeros(embedding_dim))
+        self.mean_trace: Tensor
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Encoder embeddings e, (N, d), of raw images (N, H, W, 3) uint8."""
+        return self.encoder.embed(self.normalizer(images))
+
+    def classify(self, embeddings: Tensor, projected: Tensor) -> Tensor:
+        """Logit of D for rows of e (..., d) and of z (..., C); shape (...)."""
+        if self.classifier_input == "projection":
+            read = projected
+        elif self.classifier_input == "encoder":
+            read = embeddings
+        else:
+            read = torch.cat((projected, embeddings), dim=-1)
+        return self.classifier(read).squeeze(-1)
+
+    def similarity_to_traces(self, projected: Tensor) -> Tensor:
+        """Cosine of unit rows z (..., C) with the mean natural trace; shape (...)."""
+        return projected @ F.normalize(self.mean_trace, dim=0)
+
+    def forward(self, images: Tensor) -> DetectorOutput:
+        """Scores of raw images (N, H, W, 3) uint8; the graph contract of the exported model."""
+        encoded = self.encoder(self.normalizer(images))
+        projected = self.projection(encoded.pooled)
+        cells = encoded.cells
+        return DetectorOutput(
+            logits=self.classify(encoded.pooled, projected),
+            trace_similarity=self.similarity_to_traces(projected),
+            embeddings=projected,
+            evidence=self.classify(cells, self.projection(cells)),
+        )
+
+
+def detector_from_traces(traces: TraceModel, embedding_dim: int, kind: ClassifierInput) -> NTFDetector:
+    """Detector for stage 2: E and f_hom of stage 1, frozen; g and D new.
+
+    Args:
+        traces: the trained stage-1 model; its modules are taken over, not copied.
+        embedding_dim: C of the new projection, and of the traces.
+        kind: what the classifier reads.
+    """
+    detector = NTFDetector(traces.encoder, embedding_dim, kind)
+    detector.head_hom = traces.head_hom
+    return freeze_natural_traces(detector)
+
+
+def freeze_natural_traces(detector: NTFDetector) -> NTFDetector:
+    """Freeze E and f_hom: no gradients, and batch-norm statistics as stage 1 left them."""
+    for module in (detector.encoder, detector.head_hom):
+        module.requires_grad_(False).eval()
+    return detector

@@ -1,0 +1,301 @@
+"""Train a detector: `python -m train.run` (demo preset), `--preset paper --data DIR`, `--resume RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+
+from runtime.errors import NTFError
+from train.checkpoint import (
+    CONFIG_FILE,
+    STAGE1_FILE,
+    STAGE2_FILE,
+    load_config,
+    load_state,
+    require_run_file,
+    save_calibration,
+    save_json,
+    save_weights,
+    trim_history,
+)
+from train.config import DEMO_DATA, Preset, RunConfig, check_config, config_from_file, preset_config
+from train.data import PictureSet, load_split
+from train.encoder import Encoder, load_encoder, load_exactly, read_state
+from train.errors import CheckpointError, ConfigError
+from train.metrics import fit_calibration
+from train.model import NTFDetector, TraceModel, detector_from_traces
+from train.provenance import environment
+from train.scoring import mean_natural_trace, score_pictures
+from train.stages import DetectorStage, Position, StageLoop, TraceStage
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a detector of generated images in two stages; without arguments, the demo."""
+
+    preset: Preset = "demo"
+    """Starting values of all other options."""
+    config: Path | None = None
+    """Starting values from a run's config.json, instead of a preset."""
+    out: Path | None = None
+    """Run folder to make; default runs/<preset>-<date and time>."""
+    resume: Path | None = None
+    """Run folder to go on with, with its own configuration."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Both splits and their hashes."""
+
+    train: PictureSet
+    validation: PictureSet
+    hashes: dict[str, str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    try:
+        options = parse_options(sys.argv[1:] if arguments is None else list(arguments))
+        run = options.resume or prepare_run_folder(options)
+        train(options.run, run, resume=options.resume is not None)
+    except NTFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; go on with python -m train.run --resume RUN", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_options(arguments: list[str]) -> Options:
+    """Options from the command line, on top of a preset, a configuration file or the run that is resumed.
+
+    Raises:
+        ConfigError: values that do not make sense, or a resumed run with changed options.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=("demo", "paper"), default="demo")
+    first.add_argument("--config", type=Path)
+    first.add_argument("--resume", type=Path)
+    known, _ = first.parse_known_args(arguments)
+    if known.resume is not None:
+        base = load_config(known.resume)
+    else:
+        base = preset_config(known.preset) if known.config is None else config_from_file(known.config)
+    options = tyro.cli(
+        Options, prog="python -m train.run", args=arguments, default=Options(preset=known.preset, run=base)
+    )
+    if known.resume is not None and (options.run != base or options.config or options.out or options.overwrite):
+        raise ConfigError(
+            f"--resume {known.resume}",
+            got="further options",
+            wanted="the run's own configuration",
+            remedy="pass --resume alone, or start a new run with --config",
+        )
+    check_config(options.run)
+    return options
+
+
+def prepare_run_folder(options: Options) -> Path:
+    """An empty run folder.
+
+    Raises:
+        ConfigError: the folder is taken.
+    """
+    name = f"{options.run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = options.out or RUNS / name
+    if run.exists() and any(run.iterdir()):
+        if not options.overwrite or not (run / CONFIG_FILE).is_file():
+            raise ConfigError(
+                f"--out {run}",
+                got="a folder that is not empty",
+                wanted="a new folder, or an earlier run and --overwrite",
+                remedy="choose another name, pass --overwrite, or go on with --resume",
+            )
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def train(config: RunConfig, run: Path, *, resume: bool = False) -> NTFDetector:
+    """Train both stages and calibrate; everything is left in the run folder.
+
+    Args:
+        config: what to do.
+        run: run folder; empty, or with `resume` one that was stopped.
+        resume: go on where the last checkpoint stands, to the same numbers as without the stop.
+
+    Returns:
+        The trained detector in eval mode.
+
+    Raises:
+        NTFError: a configuration, data, checkpoint or training error, in a full sentence.
+    """
+    check_config(config)
+    device = choose_device(config.device)
+    data = load_training_data(config)
+    saved = load_state(run) if resume else None
+    if saved is not None:
+        refuse_changed_data(saved, data, run)
+        trim_history(run, stage=saved["stage"], epoch=saved["epoch"])
+    else:
+        write_config(run, config, data)
+    print(f"training in {run} on {device}, seed {config.seed}", flush=True)
+
+    traces = train_traces(config, run, data, device, saved)
+    detector = train_detector(config, run, data, traces, device, saved)
+    return finish(config, run, data, detector)
+
+
+def train_traces(
+    config: RunConfig, run: Path, data: TrainingData, device: torch.device, saved: dict[str, Any] | None
+) -> TraceModel:
+    """Stage 1, or what an earlier session made of it."""
+    torch.manual_seed(config.seed)
+    if saved is not None and saved["stage"] > 1:
+        model = TraceModel(Encoder(config.model.encoder), config.model.embedding_dim)
+        path = require_run_file(run, STAGE1_FILE)
+        load_exactly(model, read_state(path), source=path)
+        return model.to(device)
+    encoder = load_encoder(config.model.encoder, config.model.encoder_weights)
+    model = TraceModel(encoder, config.model.embedding_dim).to(device)
+    position = Position() if saved is None else position_of(saved)
+    stage = TraceStage(model, data.train.records, config)
+    StageLoop(stage, run, config, position, saved, data.hashes).train()
+    save_weights(run / STAGE1_FILE, model)
+    return model
+
+
+def train_detector(
+    config: RunConfig,
+    run: Path,
+    data: TrainingData,
+    traces: TraceModel,
+    device: torch.device,
+    saved: dict[str, Any] | None,
+) -> NTFDetector:
+    """Stage 2 on the frozen encoder."""
+    torch.manual_seed(config.seed + 1)
+    model = config.model
+    detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input).to(device)
+    mine = saved if saved is not None and saved["stage"] == 2 else None
+    position = Position(stage=2) if mine is None else position_of(mine)
+    stage = DetectorStage(detector, data.train.records, config, data.validation.records)
+    StageLoop(stage, run, config, position, mine, data.hashes).train()
+    return detector
+
+
+def finish(config: RunConfig, run: Path, data: TrainingData, detector: NTFDetector) -> NTFDetector:
+    """Store the mean natural trace and fit temperature, bias and thresholds on the validation pictures."""
+    detector.eval()
+    reals = [record for record in data.train.records if record.label == 0]
+    detector.mean_trace.copy_(mean_natural_trace(detector, reals, workers=config.workers))
+    save_weights(run / STAGE2_FILE, detector)
+    scores = score_pictures(detector, data.validation.records, workers=config.workers)
+    labels = np.array([record.label for record in data.validation.records])
+    calibration = fit_calibration(
+        scores.logits,
+        labels,
+        real_flagged_rate=config.decision.real_flagged_rate,
+        fake_missed_rate=config.decision.fake_missed_rate,
+    )
+    save_calibration(run, calibration)
+    print(
+        f"{run}: trained and calibrated; real up to logit {calibration.real_threshold:.3f}, "
+        f"fake above {calibration.fake_threshold:.3f}"
+    )
+    return detector
+
+
+def load_training_data(config: RunConfig) -> TrainingData:
+    """Both splits, after printing what was found.
+
+    Raises:
+        DataError: a split is missing, empty or has one class only.
+    """
+    source = _demo_data() if config.data == DEMO_DATA else Path(config.data)
+    train, validation = load_split(source, "train"), load_split(source, "val")
+    print(train.describe(), validation.describe(), sep="\n")
+    hashes = {"train_sha256": train.content_sha256(), "val_sha256": validation.content_sha256()}
+    return TrainingData(train, validation, hashes)
+
+
+def _demo_data() -> Path:
+    from train.demo_data import ensure_demo_data  # loads scikit-image, which nothing else needs
+
+    return ensure_demo_data()
+
+
+def write_config(run: Path, config: RunConfig, data: TrainingData) -> None:
+    """The resolved configuration with everything that a reader needs to repeat the run."""
+    pictures = {"train_pictures": len(data.train), "val_pictures": len(data.validation)}
+    save_json(
+        run / CONFIG_FILE,
+        {
+            "config": dataclasses.asdict(config),
+            "data": data.hashes | pictures,
+            "environment": environment(),
+        },
+    )
+
+
+def refuse_changed_data(saved: dict[str, Any], data: TrainingData, run: Path) -> None:
+    """Refuse to go on with other pictures than the run began with.
+
+    Raises:
+        CheckpointError: a hash differs.
+    """
+    for name, digest in data.hashes.items():
+        if saved[name] != digest:
+            raise CheckpointError(
+                f"--resume {run}",
+                got=f"pictures with {name} {digest[:12]}",
+                wanted=f"the ones it began with, {saved[name][:12]}",
+                remedy="restore the data, or start a new run",
+            )
+
+
+def position_of(saved: dict[str, Any]) -> Position:
+    """Where a checkpoint stands."""
+    return Position(saved["stage"], saved["epoch"], saved["step"], dict(saved["sums"]))
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device that was asked for.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--device {name}",
+            got=str(error).split("\n", 1)[0],
+            wanted="a device that this machine has",
+            remedy="pass --device cpu, or auto",
+        ) from error
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Scores of labelled pictures by the PyTorch model: what calibration, evaluation and verification compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+
+from runtime.preprocess import PreprocessSpec
+from train.data import PictureRecord
+from train.encoder import Encoder
+from train.loading import batch_count, prepared_loader
+from train.model import NTFDetector
+
+
+class Scores(NamedTuple):
+    """The detector's two numbers for N pictures."""
+
+    logits: NDArray[np.float32]  # (N,), not calibrated
+    trace_similarity: NDArray[np.float32]  # (N,)
+
+
+def preprocess_spec(encoder: Encoder) -> PreprocessSpec:
+    """The preprocessing contract of an encoder, as it travels with the exported model."""
+    height, width = encoder.input_size
+    return PreprocessSpec(height=height, width=width, mean=encoder.mean, std=encoder.std)
+
+
+@torch.inference_mode()
+def score_pictures(
+    detector: NTFDetector,
+    records: Sequence[PictureRecord],
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    progress: bool = True,
+) -> Scores:
+    """Logits and trace similarities of the records, in their order.
+
+    Args:
+        detector: in any mode; it is put into eval mode for the call and back afterwards.
+        records: pictures to score.
+        batch_size: pictures in a forward pass.
+        workers: processes that decode.
+        progress: show a progress bar.
+
+    Raises:
+        PictureError: a picture cannot be decoded; nothing is left out.
+    """
+    device = next(detector.parameters()).device
+    loader = prepared_loader(records, preprocess_spec(detector.encoder), batch_size=batch_size, workers=workers)
+    logits, similarity = [], []
+    training = [module for module in detector.modules() if module.training]
+    detector.eval()
+    try:
+        total = batch_count(len(records), batch_size)
+        for images in track(loader, "scoring", total=total, disable=not progress):
+            embedding = detector.embed(images.to(device))
+            projected = detector.projection(embedding)
+            logits.append(detector.classify(embedding, projected).float().cpu())
+            similarity.append(detector.similarity_to_traces(projected).float().cpu())
+    finally:
+        for module in training:
+            module.training = True
+    return Scores(torch.cat(logits).numpy(), torch.cat(similarity).numpy())
+
+
+@torch.inference_mode()
+def mean_natural_trace(
+    detector: NTFDetector, records: Sequence[PictureRecord], *, batch_size: int = 32, workers: int = 0
+) -> torch.Tensor:
+    """Mean of the homogeneous features f_hom(E(x)) over real pictures, (C,), not normalised.
+
+    Args:
+        detector: in eval mode.
+        records: real pictures, at least one.
+        batch_size: pictures in a forward pass.
+        workers: processes that decode.
+    """
+    device = next(detector.parameters()).device
+    total = torch.zeros(detector.embedding_dim, dtype=torch.float64, device=device)
+    for images in prepared_loader(records, preprocess_spec(detector.encoder), batch_size=batch_size, workers=workers):
+        total += detector.head_hom(detector.embed(images.to(device))).double().sum(0)
+    return (total / len(records)).float()
