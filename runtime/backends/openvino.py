@@ -1,0 +1,123 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.backends.base import (
+    Outputs,
+    Probe,
+    TensorInfo,
+    check_graph,
+    checked_outputs,
+    installed_version,
+    refuse_to_open,
+)
+from runtime.errors import BackendError
+from runtime.manifest import INPUT_NAME, OUTPUTS, ModelManifest
+
+NAME = "openvino"
+
+_INSTALL = 'pip install "ntf-toolkit[cpu]"'
+_DTYPES = {"u8": "uint8", "f32": "float32"}
+
+
+class OpenVinoBackend:
+    """A graph in OpenVINO, compiled for low latency and with float layers held at float32.
+
+    Args:
+        model: content of an .onnx file.
+        manifest: of the bundle, which the graph must fit.
+        file: name of the artifact, for messages.
+        threads: CPU threads of one inference; None leaves it to OpenVINO.
+
+    Raises:
+        BackendError: the package is missing, or the graph cannot be compiled.
+        BundleError: the graph is not what the manifest promises.
+
+    Note:
+        Calls of `infer` from several threads wait for one another: there is one infer request.
+    """
+
+    def __init__(self, model: bytes, manifest: ModelManifest, *, file: str, threads: int | None = None) -> None:
+        openvino = _import_openvino()
+        self.name = NAME
+        self.device = "cpu"
+        self.version = str(openvino.__version__).split("-")[0]
+        self._manifest = manifest
+        self._lock = threading.Lock()
+        # bfloat16 would be chosen by itself on newer CPUs, and the same picture would score differently there.
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            config["INFERENCE_NUM_THREADS"] = threads
+        try:
+            core = openvino.Core()
+            compiled = core.compile_model(core.read_model(io.BytesIO(model)), "CPU", config)
+        except Exception as error:  # OpenVINO raises plain RuntimeError and its subclasses
+            refuse_to_open(NAME, error)
+        check_graph(_tensors(compiled.inputs), _tensors(compiled.outputs), manifest, file)
+        self._request: Any = compiled.create_infer_request()
+
+    def infer(self, images: NDArray[np.uint8]) -> Outputs:
+        """Outputs for images (N, H, W, 3) uint8."""
+        with self._lock:
+            # Shared outputs would be overwritten by the next batch.
+            results = self._request.infer({INPUT_NAME: images}, share_outputs=False)
+            arrays = {name: results[name] for name in OUTPUTS}
+        return checked_outputs(arrays, len(images), self._manifest)
+
+    def close(self) -> None:
+        """Releases the compiled graph."""
+        self._request = None
+
+
+def probe_openvino() -> Probe:
+    """Whether OpenVINO would run here on the CPU."""
+    version = installed_version("openvino")
+    try:
+        openvino = _import_openvino()
+        devices = openvino.Core().available_devices
+    except BackendError as error:
+        return Probe(NAME, False, version, None, error.got, error.remedy)
+    except Exception as error:  # what a broken installation raises is not ours to list
+        return Probe(NAME, False, version, None, f"{type(error).__name__}: {error}", _INSTALL)
+    if "CPU" not in devices:
+        found = ", ".join(devices) or "none"
+        return Probe(NAME, False, version, None, f"no CPU plug-in (devices: {found})", _INSTALL)
+    return Probe(NAME, True, str(openvino.__version__).split("-")[0], "cpu", "the CPU plug-in is there", "")
+
+
+def _import_openvino() -> Any:
+    try:
+        return importlib.import_module("openvino")
+    except Exception as error:  # a broken native library raises more than ImportError
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "openvino"
+        raise BackendError(
+            f"back-end {NAME}",
+            got="no package openvino" if missing else f"an openvino that does not import ({error})",
+            wanted="a working installation",
+            remedy=_INSTALL,
+        ) from error
+
+
+def _tensors(ports: Any) -> list[TensorInfo]:
+    return [
+        TensorInfo(
+            _port_name(port),
+            _DTYPES.get(port.get_element_type().get_type_name(), port.get_element_type().get_type_name()),
+            tuple(None if size.is_dynamic else size.get_length() for size in port.get_partial_shape()),
+        )
+        for port in ports
+    ]
+
+
+def _port_name(port: Any) -> str:
+    """The name of the contract where a port has it: OpenVINO merges the names of tensors that it folds together."""
+    names: set[str] = port.get_names()
+    return next((name for name in (INPUT_NAME, *OUTPUTS) if name in names), min(names, default="(no name)"))

@@ -1,0 +1,166 @@
+"""The `ntf` command: predict, inspect, doctor.
+
+Exit status: 0 everything scored, 1 some pictures failed (doctor: no back-end runs), 2 wrong usage, nothing found
+or a bad bundle, 130 stopped by Ctrl-C, 141 when the reader of the output went away. Results go to standard
+output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import runtime
+from runtime.errors import NTFError
+
+if TYPE_CHECKING:
+    from runtime.detector import Detection, DetectorInfo
+
+OK, SOME_FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+
+_TABLE = "{verdict:<9}  {probability:>9}  {similarity:>10}  {picture}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status of the command.
+
+    Args:
+        arguments: without the program's name; None takes them from the command line.
+    """
+    _escape_unprintable(sys.stdout)
+    _escape_unprintable(sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except NTFError as error:
+        print(f"ntf: {_printable(str(error))}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("ntf: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has seen enough, as `head` does; the interpreter's last flush must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ntf", description="Tells generated pictures from natural ones.")
+    parser.add_argument("--version", action="version", version=f"ntf-toolkit {runtime.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_predict(commands.add_parser("predict", help="score pictures"))
+    inspect = commands.add_parser("inspect", help="show what a model bundle says about itself")
+    inspect.add_argument("model", metavar="MODEL", help="folder or .zip file of a model bundle")
+    inspect.add_argument("--json", action="store_true", help="the manifest as JSON")
+    inspect.set_defaults(run=_inspect)
+    doctor = commands.add_parser("doctor", help="show what is installed, what would run, what to install")
+    doctor.add_argument("--json", action="store_true", help="the report as JSON")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Scores pictures. Exit status: 0 all scored, 1 some failed, 2 usage or bad bundle."
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="files, folders (searched) and patterns")
+    parser.add_argument("--model", metavar="MODEL", help="bundle folder or .zip; default: newest in ./models")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
+    parser.add_argument("--backend", default="auto", help="auto, onnxruntime, onnxruntime-cuda or openvino")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, fp16 or int8")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference")
+    parser.set_defaults(run=_predict)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from runtime.bundle import newest_bundle
+    from runtime.detector import Detector
+    from runtime.picture_paths import expand_pictures
+
+    pictures = expand_pictures(options.paths)
+    model = Path(options.model) if options.model else newest_bundle(Path("models"))
+    with Detector.load(
+        model, backend=options.backend, precision=options.precision, threads=options.threads
+    ) as detector:
+        detections = detector.stream(pictures, batch_size=options.batch_size)
+        print(_info_line(detector.info), file=sys.stderr)
+        failed = 0
+        if not options.json:
+            print(_table_header(), flush=True)
+        for detection in detections:
+            failed += detection.error is not None
+            print(_json_line(detection) if options.json else _table_line(detection), flush=True)
+    print(f"{len(pictures) - failed} scored, {failed} failed", file=sys.stderr)
+    return SOME_FAILED if failed else OK
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from runtime.bundle import open_bundle
+    from runtime.describe import describe_manifest
+    from runtime.manifest import manifest_to_json
+
+    bundle = open_bundle(options.model)
+    if options.json:
+        print(manifest_to_json(bundle.manifest), end="")
+    else:
+        print(f"bundle           {_printable(str(bundle.location))}: every file is as the manifest says")
+        print(_printable(describe_manifest(bundle.manifest), keep="\n"))
+    return OK
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from runtime.doctor import examine, report_text
+
+    report = examine()
+    print(json.dumps(report.to_json(), indent=1) if options.json else report_text(report))
+    return OK if report.runs() else SOME_FAILED
+
+
+def _info_line(info: DetectorInfo) -> str:
+    return (
+        f"model {_printable(info.location)} ({_printable(info.model)}): {info.precision} on {info.backend}"
+        f" {info.backend_version}, {info.device}"
+    )
+
+
+def _table_header() -> str:
+    return _TABLE.format(verdict="verdict", probability="fake", similarity="similarity", picture="picture")
+
+
+def _table_line(detection: Detection) -> str:
+    if detection.error is not None:
+        return _TABLE.format(verdict="error", probability="-", similarity="-", picture=_printable(detection.error))
+    return _TABLE.format(
+        verdict=detection.verdict,
+        probability=f"{100 * (detection.fake_probability or 0.0):.2f} %",
+        similarity=f"{detection.trace_similarity:+.4f}",
+        picture=_printable(detection.source),
+    )
+
+
+def _json_line(detection: Detection) -> str:
+    # Escaped to ASCII: valid JSON whatever encoding the output has, and whatever bytes a file name holds.
+    return json.dumps(detection.to_json(), allow_nan=False)
+
+
+def _printable(text: str, *, keep: str = "") -> str:
+    """Text without control characters: a file name must not move the cursor or forge a line."""
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _escape_unprintable(stream: object) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

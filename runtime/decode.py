@@ -1,0 +1,232 @@
+"""Any accepted picture source to an RGB array, with stated limits.
+
+Defined here once: the first frame of an animation, the EXIF orientation applied, transparency composited on
+white, 16 bits a channel reduced to 8 by dropping the low byte, CMYK converted without a colour profile. A
+header that claims more than the pixel limit is refused before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from runtime.errors import PictureError
+from runtime.pillow_guard import neutral_pillow
+from runtime.preprocess import require_rgb
+
+PictureSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]"
+
+# 100 megapixels are a 400 MB Pillow image: the largest that one decoding thread may hold.
+MAX_PIXELS = 100_000_000
+# Bound on what is read from a stream that may never end; 100 megapixels of 16-bit RGB are 600 MB.
+MAX_STREAM_BYTES = 1 << 30
+
+# What a scan of a folder takes for pictures; a file that is named outright is tried whatever its suffix.
+PICTURE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm",
+    ".pgm",
+)  # fmt: skip
+
+# Pillow's names. No PostScript, PDF or Windows metafiles: those run interpreters.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO", "PPM")
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_WANTED = "a picture file (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or PPM)"
+
+
+def decode_picture(source: PictureSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """RGB pixels (H, W, 3) uint8, C-contiguous, of one picture.
+
+    Args:
+        source: a path, the bytes of a file, a binary file object (read from where it stands), a Pillow image
+            (the frame it is at), or a uint8 (H, W, 3) RGB array, which comes back uncopied when contiguous.
+        max_pixels: largest height times width that is accepted, whatever the source.
+
+    Raises:
+        PictureError: the source cannot be read, is no picture, is damaged, or exceeds the limit.
+
+    Note:
+        Thread safe, except that one Pillow image or file object must not be decoded twice at the same time.
+    """
+    name = describe_source(source)
+    if isinstance(source, np.ndarray):
+        require_rgb(source)
+        _require_size(name, source.shape[1], source.shape[0], max_pixels)
+        return np.ascontiguousarray(source)
+    with _as_picture_error(name), neutral_pillow(max_pixels):
+        if isinstance(source, Image.Image):
+            _require_size(name, *source.size, max_pixels)
+            return _rgb_array(source, name)
+        with _opened(source, name) as stream, _identified(stream, name) as image:
+            _require_size(name, *image.size, max_pixels)
+            return _rgb_array(image, name)
+
+
+def describe_source(source: object) -> str:
+    """Name of a picture source for people: its path, the file name it carries, or the kind of object."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source) or "''"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"{len(source)} bytes"
+    if isinstance(source, np.ndarray):
+        return f"array {source.shape}"
+    carried = getattr(source, "filename", None) or getattr(source, "name", None)
+    if isinstance(carried, (str, os.PathLike)):
+        return os.fspath(carried)
+    return f"{type(source).__name__} object"
+
+
+@contextmanager
+def _as_picture_error(name: str) -> Iterator[None]:
+    """Whatever a decoder raises on a damaged file, as a PictureError; Pillow raises almost anything."""
+    try:
+        yield
+    except PictureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _refusal(name, f"too many pixels ({error})", "a picture within the limit", "scale it down") from error
+    except MemoryError as error:
+        raise _refusal(name, "no memory left to decode it", _WANTED, "decode fewer at once") from error
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        raise _refusal(name, f"damaged data ({text})", _WANTED, "replace the file with an intact one") from error
+
+
+def _refusal(name: str, got: str, wanted: str, remedy: str) -> PictureError:
+    return PictureError(name, got=got, wanted=wanted, remedy=remedy)
+
+
+def _opened(source: Any, name: str) -> BinaryIO:
+    """Seekable stream over the bytes of a path, a buffer or a file object."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _non_empty(bytes(source), name)
+    if isinstance(source, (str, os.PathLike)):
+        return _opened_file(Path(source), name)
+    if not callable(getattr(source, "read", None)):
+        raise _refusal(
+            name,
+            f"a {type(source).__name__}",
+            "a path, bytes, a binary file object, a Pillow image or a uint8 array",
+            "convert it to one of these",
+        )
+    data = source.read(MAX_STREAM_BYTES + 1)
+    if not isinstance(data, bytes):
+        raise _refusal(name, "a file object in text mode", "one that reads bytes", "open it with mode 'rb'")
+    if len(data) > MAX_STREAM_BYTES:
+        raise _refusal(name, f"more than {MAX_STREAM_BYTES} bytes", "a shorter stream", "pass a path instead")
+    return _non_empty(data, name)
+
+
+def _opened_file(path: Path, name: str) -> BinaryIO:
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise _refusal(name, "no such file", _WANTED, "check the path") from error
+    except (OSError, ValueError) as error:
+        raise _refusal(name, f"a path that cannot be read ({error})", _WANTED, "check the path") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise _refusal(name, "a folder", _WANTED, "pass the files in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise _refusal(name, "something that is no regular file", _WANTED, "pass its bytes")
+    if status.st_size == 0:
+        raise _refusal(name, "an empty file", _WANTED, "fetch or write the file again")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise _refusal(name, f"a file that cannot be read ({reason})", _WANTED, "check its permissions") from error
+
+
+def _non_empty(data: bytes, name: str) -> BinaryIO:
+    if not data:
+        raise _refusal(name, "no bytes at all", _WANTED, "pass the whole content of the file")
+    return io.BytesIO(data)
+
+
+def _identified(stream: BinaryIO, name: str) -> Image.Image:
+    Image.init()
+    formats = [form for form in _FORMATS if form in Image.OPEN]  # AVIF and WebP depend on how Pillow was built
+    try:
+        return Image.open(stream, formats=formats)
+    except UnidentifiedImageError as error:
+        raise _refusal(name, "data of no known picture format", _WANTED, "convert it to PNG or JPEG") from error
+
+
+def _require_size(name: str, width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise _refusal(name, f"{width}x{height} pixels", "at least 1x1", "replace the file with an intact one")
+    if width * height > max_pixels:
+        raise _refusal(
+            name,
+            f"{width}x{height} pixels",
+            f"at most {max_pixels} pixels in all",
+            "crop it, or raise max_pixels if memory allows",
+        )
+
+
+def _rgb_array(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    image.load()
+    method = _TRANSPOSE.get(_orientation(image))
+    if method is not None:
+        image = image.transpose(method)
+    return np.ascontiguousarray(_to_rgb(image, name))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata say nothing about the pixels, which decoded well
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    if image.mode.startswith("I"):
+        return _grey16_to_rgb(image, name)
+    if image.mode == "F":
+        raise _refusal(name, "floating point pixels", "8 or 16 bits a channel", "convert it to an 8-bit PNG")
+    if image.has_transparency_data:
+        return _on_white(image)
+    try:
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except ValueError as error:
+        raise _refusal(name, f"colour mode {image.mode}", "RGB, grey, palette or CMYK", "convert to RGB") from error
+
+
+def _grey16_to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise _refusal(name, "32 bits a channel", "8 or 16 bits a channel", "convert it to an 8-bit PNG")
+    grey = (values >> 8).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _on_white(image: Image.Image) -> NDArray[np.uint8]:
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
+        image.info = image.info | {"transparency": tuple(value >> 8 for value in key)}
+    if image.mode == "La":
+        image = image.convert("LA")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return np.asarray(Image.alpha_composite(white, rgba))[..., :3]

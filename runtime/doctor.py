@@ -1,0 +1,160 @@
+"""What is installed here, what would run, and what to install: `ntf doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from runtime.backends import BACKENDS, Probe, probe_backend
+from runtime.backends.base import installed_version
+from runtime.backends.cuda_driver import CudaDriver, cuda_driver
+
+_PACKAGES = (
+    "ntf-toolkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx",
+    "cuda-bindings", "pycuda", "onnx", "torch", "timm",
+)  # fmt: skip
+_TOOLS = ("c++", "g++", "clang++", "nvcc", "ninja")
+# flavour, package on the index, extra of this distribution
+_ENGINE_BUILDERS = (("trt", "tensorrt", "trt"), ("rtx", "tensorrt-rtx", "rtx"))
+
+
+@dataclass(frozen=True)
+class EngineBuilder:
+    """A TensorRT flavour: its package's version, or None where it is not installed."""
+
+    flavour: str
+    package: str
+    version: str | None
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """Everything `ntf doctor` found.
+
+    Args:
+        python: version of the interpreter.
+        platform: operating system and processor.
+        cpus: logical processors.
+        packages: version of each package of interest; None where it is not installed.
+        backends: each back-end, tried.
+        cuda: the NVIDIA driver.
+        tools: first line that each compiler prints about itself; None where it is not on the path.
+        engine_builders: TensorRT flavours for the export.
+        warnings: what is wrong.
+        advice: what to install for what is missing.
+    """
+
+    python: str
+    platform: str
+    cpus: int
+    packages: dict[str, str | None]
+    backends: tuple[Probe, ...]
+    cuda: CudaDriver
+    tools: dict[str, str | None]
+    engine_builders: tuple[EngineBuilder, ...]
+    warnings: tuple[str, ...]
+    advice: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionary, ready for `json.dumps`."""
+        return asdict(self)
+
+    def runs(self) -> bool:
+        """Whether at least one back-end would run here."""
+        return any(probe.runs for probe in self.backends)
+
+
+def examine() -> DoctorReport:
+    """Report on this machine and this environment; each back-end is imported and tried.
+
+    Note:
+        Takes a second or two. Nothing is written, downloaded or changed.
+    """
+    packages = {name: installed_version(name) for name in _PACKAGES}
+    probes = tuple(probe_backend(name) for name in BACKENDS)
+    builders = tuple(EngineBuilder(flavour, package, packages[package]) for flavour, package, _ in _ENGINE_BUILDERS)
+    cuda = cuda_driver()
+    return DoctorReport(
+        python=f"{platform.python_version()} ({sys.executable})",
+        platform=platform.platform(),
+        cpus=os.cpu_count() or 1,
+        packages=packages,
+        backends=probes,
+        cuda=cuda,
+        tools={tool: _tool_version(tool) for tool in _TOOLS},
+        engine_builders=builders,
+        warnings=tuple(_warnings(packages, probes)),
+        advice=tuple(_advice(probes, builders, cuda)),
+    )
+
+
+def report_text(report: DoctorReport) -> str:
+    """The report as text for a terminal."""
+    lines = [f"python   {report.python}", f"system   {report.platform}, {report.cpus} logical CPUs"]
+    lines += [f"CUDA     {report.cuda.detail}", "packages"]
+    lines += [f"  {name:<16} {version or '-'}" for name, version in report.packages.items()]
+    lines.append("back-ends")
+    for probe in report.backends:
+        state = f"runs on {probe.device}" if probe.runs else "does not run"
+        lines.append(f"  {probe.name:<16} {state}: {probe.reason}")
+    lines.append("engine builders (for the export; this version has no back-end that runs engines)")
+    lines += [f"  {b.flavour:<4} {b.package:<14} {b.version or 'not installed'}" for b in report.engine_builders]
+    lines.append("compilers (for the training extension)")
+    lines += [f"  {tool:<16} {version or 'not found'}" for tool, version in report.tools.items()]
+    lines += [f"WARNING  {warning}" for warning in report.warnings]
+    lines += [f"advice   {advice}" for advice in report.advice]
+    lines.append("ready: pictures can be scored here" if report.runs() else "NOT READY: no back-end runs here")
+    return "\n".join(lines)
+
+
+def _warnings(packages: dict[str, str | None], probes: tuple[Probe, ...]) -> list[str]:
+    found = []
+    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
+        found.append(
+            "onnxruntime and onnxruntime-gpu are both installed, and they are one module: the one installed last"
+            " has overwritten the other. Run: pip uninstall onnxruntime onnxruntime-gpu, then install one of them"
+        )
+    found += [
+        f"{probe.name} {probe.version} is installed but does not run: {probe.reason}"
+        for probe in probes
+        if probe.version is not None and not probe.runs
+    ]
+    return found
+
+
+def _advice(probes: tuple[Probe, ...], builders: tuple[EngineBuilder, ...], cuda: CudaDriver) -> list[str]:
+    advice: list[str] = []
+    missing = {probe.name for probe in probes if not probe.runs}
+    advice += [
+        f'for the back-end {name}: pip install "ntf-toolkit[cpu]"'
+        for name in ("openvino", "onnxruntime")
+        if name in missing
+    ]
+    if "onnxruntime-cuda" in missing and cuda.devices:
+        advice.append(
+            'for the back-end onnxruntime-cuda: pip uninstall onnxruntime, then pip install "ntf-toolkit[gpu]"'
+        )
+    if not any(builder.version for builder in builders):
+        extras = " or ".join(f'"ntf-toolkit[{extra}]"' for _, _, extra in _ENGINE_BUILDERS)
+        advice.append(f"to build engines with `python -m export.trt`: pip install {extras}")
+    return advice
+
+
+def _tool_version(tool: str) -> str | None:
+    path = shutil.which(tool)
+    if path is None:
+        return None
+    try:
+        done = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, errors="replace", timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not start ({error})"
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    # nvcc says its release in a later line than the others.
+    return next((line for line in lines if "release" in line), lines[0] if lines else "says nothing")
