@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 demo: $(INSTALLED)
 	$(BIN)/python -m train.run --preset demo --out runs/demo --overwrite
 	$(BIN)/python -m train.evaluate --run runs/demo --data data/demo
-	$(BIN)/python -m export.trt --run runs/demo --out models/demo --fp32 --fp16 --int8
+	$(BIN)/python -m export.trt --run runs/demo --model models/demo --fp32 --fp16 --int8
 	$(BIN)/python -m export.verify --model models/demo --run runs/demo
 	$(BIN)/ntf predict --model models/demo data/demo/test/pixel_shuffle/*/*0[0-3].png
 	$(BIN)/python -m export.summary --run runs/demo --model models/demo
@@ -50,8 +50,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks
-	$(BIN)/python -m benchmarks.tables
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmarks.json
+	$(BIN)/python -m benchmarks.tables build/benchmarks.json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
