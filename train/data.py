@@ -32,9 +32,7 @@ LAYOUTS = {
     "nature | ai": ("nature", "ai"),
 }
 LAYOUT_HELP = (
-    "pictures in folders "
-    + ", or ".join(LAYOUTS)
-    + " at any depth, or a CSV file path,label[,generator,split]"
+    "pictures in folders " + ", or ".join(LAYOUTS) + " at any depth, or a CSV file path,label[,generator,split]"
 )
 SOURCES_FILE = "sources.csv"
 
@@ -100,18 +98,14 @@ class PictureSet:
     def describe(self) -> str:
         """A table of what was found, one row per split and generator."""
         reals = sum(r.label == 0 for r in self.records)
-        head = (
-            f"{self.root} ({self.layout}): {len(self):,} pictures, {reals:,} real, {len(self) - reals:,} fake"
-        )
+        head = f"{self.root} ({self.layout}): {len(self):,} pictures, {reals:,} real, {len(self) - reals:,} fake"
         if self.skipped:
             head += f"; {self.skipped:,} other files left out"
         return "\n".join([head, *_table(self.records)])
 
     def content_sha256(self) -> str:
         """Hex digest over relative paths, labels and file bytes, independent of the records' order."""
-        lines = sorted(
-            f"{_relative(r.path, self.root)}\0{r.label}\0{_file_sha256(r.path)}" for r in self.records
-        )
+        lines = sorted(f"{_relative(r.path, self.root)}\0{r.label}\0{_file_sha256(r.path)}" for r in self.records)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -161,9 +155,7 @@ def _scan_folder(root: Path) -> PictureSet:
     unlabelled: list[str] = []
     styles: set[str] = set()
     skipped = 0
-    for path in sorted(
-        _files_below(root, (os.path.realpath(root),)), key=lambda p: p.relative_to(root).as_posix()
-    ):
+    for path in sorted(_files_below(root, (os.path.realpath(root),)), key=lambda p: p.relative_to(root).as_posix()):
         parts = path.relative_to(root).parts
         if path.suffix.lower() not in PICTURE_SUFFIXES:
             skipped += len(parts) > 1
@@ -290,9 +282,7 @@ def _refuse_unlabelled(root: Path, unlabelled: list[str], labelled: int) -> None
         return
     if unlabelled:
         got = f"{len(unlabelled):,} pictures in no label folder ({summary(unlabelled)})"
-        remedy = (
-            "move them into label folders, take them out of the folder, or list the pictures in a CSV file"
-        )
+        remedy = "move them into label folders, take them out of the folder, or list the pictures in a CSV file"
     else:
         got = "no picture at all"
         remedy = "check the path; suffixes looked for: " + " ".join(sorted(PICTURE_SUFFIXES))
@@ -347,8 +337,7 @@ def _table(records: Iterable[PictureRecord]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     return [
         "  ".join(
-            cell.ljust(w) if i < 3 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]

@@ -51,7 +51,9 @@ def read_picture_rows(table: Path) -> list[PictureRow]:
     Raises:
         DataError: no row, missing columns, or rows that cannot be used (named by line number).
     """
-    rows, problems, lines = [], [], {}
+    rows: list[PictureRow] = []
+    problems: list[str] = []
+    lines: dict[tuple[Path, str], int] = {}
     for line, cells in _cells(table, needed=("path", "label")):
         complaint = _complaint(cells, table.parent)
         if complaint:
@@ -98,9 +100,7 @@ def _cells(table: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str
             header = [name.strip().lower() for name in next(reader, [])]
             if not set(needed) <= set(header) or len(set(header)) < len(header):
                 problem = f"line 1: columns {', '.join(header) or 'none'}"
-                _raise_for(
-                    table, [problem], f"a header with each column once, {' and '.join(needed)} among them"
-                )
+                _raise_for(table, [problem], f"a header with each column once, {' and '.join(needed)} among them")
             for row in reader:
                 if not any(cell.strip() for cell in row):
                     continue

@@ -205,14 +205,17 @@ def _platt(logits: NDArray[np.float64], labels: Labels) -> tuple[float, float]:
     fakes = int((labels == 1).sum())
     reals = len(labels) - fakes
     target = np.where(labels == 1, (fakes + 1) / (fakes + 2), 1 / (reals + 2))
-    scale = float(logits.std()) or 1.0
+    centre, scale = float(logits.mean()), float(logits.std())
+    if not scale:
+        return 0.0, 0.0
     # A soft target t is one row as fake with weight t and one as real with weight 1 - t.
-    rows = np.concatenate([logits, logits])[:, None] / scale
+    rows = (np.concatenate([logits, logits])[:, None] - centre) / scale
     classes = np.repeat([1, 0], len(logits))
     weights = np.concatenate([target, 1 - target])
     model = LogisticRegression(C=np.inf, solver="newton-cholesky", max_iter=200, tol=1e-8)
     model.fit(rows, classes, sample_weight=weights)
-    return float(model.coef_[0, 0]) / scale, float(model.intercept_[0])
+    slope = float(model.coef_[0, 0]) / scale
+    return slope, float(model.intercept_[0]) - slope * centre
 
 
 def _curve(scores: NDArray[np.float64], labels: Labels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -240,13 +243,11 @@ def _of_class(logits: Array, labels: Labels, label: int, rate: float) -> Array:
     if not 0.0 < rate < 1.0:
         raise ValueError(f"rate must lie in (0, 1), got {rate:g}")
     logits, labels = _checked(logits, labels)
-    chosen = logits[labels == label]
+    chosen: Array = logits[labels == label]
     name = "fake" if label else "real"
     if len(chosen) * rate < 1.0 - _COUNT_SLACK:
         needed = math.ceil(1.0 / rate - _COUNT_SLACK)
-        raise ValueError(
-            f"{len(chosen)} {name} images cannot resolve a rate of {rate:g}, {needed} are needed"
-        )
+        raise ValueError(f"{len(chosen)} {name} images cannot resolve a rate of {rate:g}, {needed} are needed")
     return chosen
 
 
@@ -258,9 +259,7 @@ def _allowed(count: int, rate: float) -> int:
 def _checked(logits: Array, labels: Labels) -> tuple[Array, Labels]:
     logits, labels = np.asarray(logits), np.asarray(labels)
     if logits.ndim != 1 or logits.shape != labels.shape or not len(logits):
-        raise ValueError(
-            f"logits and labels must both be (N,), N >= 1, got {logits.shape} and {labels.shape}"
-        )
+        raise ValueError(f"logits and labels must both be (N,), N >= 1, got {logits.shape} and {labels.shape}")
     if not np.issubdtype(logits.dtype, np.floating):
         logits = logits.astype(np.float64)
     if not np.isin(labels, (0, 1)).all():

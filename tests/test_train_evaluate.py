@@ -1,0 +1,175 @@
+"""Evaluation of a run with an injected scorer: sets, order, thresholds, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from training import tiny_config, write_pictures
+
+from runtime.manifest import CalibrationSpec
+from train.checkpoint import load_calibration, load_detector, save_calibration
+from train.data import PictureRecord, load_split
+from train.errors import DataError
+from train.evaluate import evaluate_run, main
+from train.metrics import detection_metrics
+from train.run import train
+from train.scoring import score_pictures
+
+SPEC = CalibrationSpec(2.0, 0.1, -1.0, 1.0, 0.01, 0.05)
+
+
+def write_set(root: Path, generators: dict[str, tuple[int, int]]) -> None:
+    """`{generator: (reals, fakes)}` below `test/`; each picture's first pixel is its number."""
+    rows = ["path,family,original_id"]
+    for generator, counts in generators.items():
+        for label, folder in enumerate(("0_real", "1_fake")):
+            for number in range(counts[label]):
+                path = root / "test" / generator / folder / f"{number:03d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (2, 2), (number, label, len(generator))).save(path)
+                family = "gan" if "gan" in generator else "diffusion"
+                rows.append(f"{path.relative_to(root).as_posix()},{family},{generator}-{number}")
+    (root / "sources.csv").write_text("\n".join(rows) + "\n")
+
+
+def scorer(gaps: dict[str, float]) -> Callable[[Sequence[PictureRecord]], np.ndarray]:
+    """Logits whose distance between the classes is the generator's gap."""
+
+    def score(records: Sequence[PictureRecord]) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        noise = rng.normal(0, 1, len(records))
+        return (noise + [gaps[r.generator] * (r.label - 0.5) for r in records]).astype(np.float32)
+
+    return score
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    save_calibration(folder, SPEC)
+    return folder
+
+
+def test_report_has_every_generator_worst_first_and_every_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path / "data", {"easygan": (30, 30), "hardgan": (30, 30), "sd": (30, 30)})
+    gaps = {"easygan": 6.0, "hardgan": 0.5, "sd": 2.0}
+    report = evaluate_run(run, tmp_path / "data", scorer=scorer(gaps), draws=200)
+    assert [g.name for g in report.generators] == ["hardgan", "sd", "easygan"]
+    assert {f.name: f.metrics.pictures for f in report.families} == {"gan": 120, "diffusion": 60}
+    aps = [g.metrics.ap for g in report.generators]
+    spread = report.spread["ap"]
+    assert spread is not None
+    assert spread.mean == pytest.approx(np.mean(aps))
+    assert (spread.std, spread.minimum) == (pytest.approx(np.std(aps)), aps[0])
+    assert spread.interval is not None
+    assert spread.interval.low < spread.mean < spread.interval.high
+    assert report.calibration == SPEC
+    assert sorted(p.name for p in (run / "report").iterdir()) == [
+        "evaluation.json",
+        "evaluation.md",
+        "evaluation.png",
+    ]
+    assert "180 pictures, 90 real, 90 fake" in capsys.readouterr().out
+
+
+def test_what_was_found_is_printed_before_the_work(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path / "data", {"sd": (2, 2)})
+
+    def fail(records: Sequence[PictureRecord]) -> np.ndarray:
+        raise RuntimeError("scoring")
+
+    with pytest.raises(RuntimeError, match="scoring"):
+        evaluate_run(run, tmp_path / "data", scorer=fail)
+    assert "4 pictures, 2 real, 2 fake" in capsys.readouterr().out
+
+
+def test_set_of_one_class_is_last_and_outside_the_means(run: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "data", {"sd": (12, 12), "photos": (12, 0)})
+    report = evaluate_run(run, tmp_path / "data", scorer=scorer({"sd": 3.0, "photos": 3.0}), draws=50)
+    assert [(g.name, g.metrics.ap is None) for g in report.generators] == [("sd", False), ("photos", True)]
+    spread = report.spread["accuracy_at_threshold"]
+    assert spread is not None
+    assert (spread.generators, spread.mean) == (1, report.generators[0].metrics.accuracy_at_threshold)
+    assert "| photos | 12 | 0 | 12 | n/a | n/a |" in (run / "report/evaluation.md").read_text()
+
+
+def test_few_originals_get_no_interval(run: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "data", {"sd": (5, 5)})
+    report = evaluate_run(run, tmp_path / "data", scorer=scorer({"sd": 1.0}), draws=50)
+    assert set(report.generators[0].intervals.values()) == {None}
+    spread = report.spread["ap"]
+    assert spread is not None
+    assert spread.interval is None
+
+
+def test_thresholds_do_not_follow_the_test_pictures(run: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "data", {"sd": (20, 20)})
+
+    def far(records: Sequence[PictureRecord]) -> np.ndarray:
+        return np.array([5.0 + r.label for r in records], np.float32)
+
+    report = evaluate_run(run, tmp_path / "data", scorer=far, draws=10)
+    metrics = report.generators[0].metrics
+    assert (metrics.ap, metrics.real_flagged_rate, metrics.accuracy_at_threshold) == (1.0, 1.0, 0.5)
+
+
+def test_collection_without_splits_is_scored_as_all(run: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "data", {"sd": (3, 3)})
+    bare = tmp_path / "data" / "test"
+    with pytest.raises(DataError, match=r"split 'test' of .*splits there: none"):
+        evaluate_run(run, bare, scorer=scorer({"sd": 1.0}))
+    report = evaluate_run(run, bare, split="all", scorer=scorer({"sd": 1.0}), draws=10)
+    assert (report.pictures, report.split) == (6, "all")
+
+
+def test_report_goes_where_it_is_asked_to_go(run: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "data", {"sd": (3, 3)})
+    evaluate_run(run, tmp_path / "data", out=tmp_path / "out", scorer=scorer({"sd": 1.0}), draws=10)
+    assert (tmp_path / "out" / "evaluation.json").is_file()
+    assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "nowhere", "--data", "gone"], "nowhere: got no such folder"),
+        (["--run", "RUN", "--data", "gone"], "picture collection gone: got nothing at that path"),
+    ],
+)
+def test_command_line_explains_what_is_missing(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([str(run) if a == "RUN" else a for a in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_command_line_scores_with_the_trained_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_pictures(tmp_path / "data", counts={"train": 12, "val": 12, "test": 6})
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    train(tiny_config(data), folder)
+    assert main(["--run", str(folder), "--data", str(data), "--draws", "20", "--no-progress"]) == 0
+    out = capsys.readouterr().out
+    assert "mean over generators" in out
+    written = json.loads((folder / "report" / "evaluation.json").read_text())
+    detector, records = load_detector(folder), load_split(data, "test").records
+    logits = score_pictures(detector, records, progress=False).logits
+    expected = detection_metrics(logits, np.array([r.label for r in records]), calibration=load_calibration(folder))
+    assert written["generators"][0]["metrics"]["auc"] == pytest.approx(expected.auc)
+    assert written["data_sha256"] == load_split(data, "test").content_sha256()

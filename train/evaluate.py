@@ -1,0 +1,207 @@
+"""Evaluate a trained detector: `python -m train.evaluate --run runs/NAME --data DIR_OR_CSV`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from runtime.errors import NTFError
+from runtime.manifest import CalibrationSpec
+from train.bootstrap import METRICS, Draws, OriginalsBootstrap, interval
+from train.checkpoint import load_calibration, load_detector, newest_run
+from train.data import PictureRecord, PictureSet, load_split, scan_pictures
+from train.metrics import Array, detection_metrics
+from train.provenance import environment
+from train.report import FIGURE_FILE, EvaluationReport, SetReport, Spread, short_table, write_report
+from train.report_figure import write_figure
+from train.scoring import score_pictures
+
+ALL = "all"
+Scorer = Callable[[Sequence[PictureRecord]], Array]  # raw logits, (N,), in the records' order
+
+
+@dataclass(frozen=True)
+class Options:
+    """Metrics per generator and family, as JSON, Markdown and one PNG."""
+
+    data: Path
+    """Folder or CSV file with labelled pictures."""
+    run: Path | None = None
+    """Run folder; by default the newest below runs/."""
+    split: str = "test"
+    """Split to score; "all" for a collection without splits."""
+    out: Path | None = None
+    """Folder of the report; by default RUN/report."""
+    batch_size: int = 32
+    """Pictures in a forward pass."""
+    workers: int = 0
+    """Processes that decode."""
+    draws: int = 1000
+    """Bootstrap resamplings."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    try:
+        options = tyro.cli(Options, prog="python -m train.evaluate", args=arguments)
+        report = evaluate_run(
+            options.run or newest_run(),
+            options.data,
+            split=options.split,
+            out=options.out,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            draws=options.draws,
+            progress=options.progress,
+        )
+    except NTFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(short_table(report))
+    return 0
+
+
+def evaluate_run(
+    run: Path,
+    data: Path,
+    *,
+    split: str = "test",
+    out: Path | None = None,
+    batch_size: int = 32,
+    workers: int = 0,
+    draws: int = 1000,
+    progress: bool = True,
+    scorer: Scorer | None = None,
+) -> EvaluationReport:
+    """Scores the pictures and writes the report.
+
+    Args:
+        run: finished run folder; its calibration.json gives every threshold.
+        data: folder or CSV file.
+        split: split to score, or "all".
+        out: folder of the report, `run/report` by default.
+        batch_size: pictures in a forward pass.
+        workers: processes that decode.
+        draws: bootstrap resamplings.
+        progress: show a progress bar.
+        scorer: what gives the logits, instead of the run's detector.
+
+    Raises:
+        NTFError: the run is not finished, or the data cannot be used.
+    """
+    calibration = load_calibration(run)
+    pictures = scan_pictures(data) if split == ALL else load_split(data, split)
+    print(pictures.describe(), flush=True)
+    if scorer is None:
+        detector = load_detector(run)
+
+        def scorer(records: Sequence[PictureRecord]) -> Array:
+            return score_pictures(detector, records, batch_size=batch_size, workers=workers, progress=progress).logits
+
+    logits = scorer(pictures.records)
+    report = evaluation_report(pictures, logits, calibration, run=str(run), data=str(data), split=split, draws=draws)
+    folder = out or run / "report"
+    written = write_report(report, folder)
+    rows = _rows_by(pictures, "generator")
+    figure = folder / FIGURE_FILE
+    write_figure(figure, logits, _labels(pictures), {e.name: rows[e.name] for e in report.generators}, calibration)
+    print("wrote " + ", ".join(map(str, (*written, figure))), flush=True)
+    return report
+
+
+def evaluation_report(
+    pictures: PictureSet,
+    logits: Array,
+    calibration: CalibrationSpec,
+    *,
+    run: str,
+    data: str,
+    split: str,
+    draws: int = 1000,
+) -> EvaluationReport:
+    """All figures of scored pictures.
+
+    Args:
+        pictures: what was scored.
+        logits: (N,) raw logits in the order of its records.
+        calibration: from validation pictures, never from these.
+        run: named in the report.
+        data: named in the report.
+        split: named in the report.
+        draws: bootstrap resamplings.
+    """
+    labels = _labels(pictures)
+    bootstrap = OriginalsBootstrap([r.original_id for r in pictures.records], draws=draws)
+
+    def entries(key: str) -> tuple[tuple[SetReport, ...], list[dict[str, Draws] | None]]:
+        reports, resampled = [], []
+        for name, rows in _rows_by(pictures, key).items():
+            drawn = bootstrap.draws_of(logits, labels, rows, calibration)
+            metrics = detection_metrics(logits[rows], labels[rows], calibration=calibration)
+            intervals = {m: interval(drawn[m]) if drawn else None for m in METRICS}
+            originals = len({pictures.records[row].original_id for row in rows})
+            reports.append(SetReport(name, originals, metrics, intervals))
+            resampled.append(drawn)
+        return tuple(sorted(reports, key=_worst_first)), resampled
+
+    generators, resampled = entries("generator")
+    families, _ = entries("family")
+    return EvaluationReport(
+        run=run,
+        data=data,
+        split=split,
+        data_sha256=pictures.content_sha256(),
+        pictures=len(pictures),
+        calibration=calibration,
+        generators=generators,
+        families=families,
+        spread={name: _spread(name, generators, resampled) for name in METRICS},
+        bootstrap_draws=draws,
+        environment=environment(),
+    )
+
+
+def _spread(name: str, generators: Sequence[SetReport], resampled: Sequence[dict[str, Draws] | None]) -> Spread | None:
+    """Unweighted over the generators that have both classes, so that every metric is of the same sets."""
+    values = [getattr(g.metrics, name) for g in generators if g.metrics.ap is not None]
+    if not values:
+        return None
+    usable = [drawn for drawn in resampled if drawn is not None]
+    defined = [drawn[name] for drawn in usable if np.isfinite(drawn["ap"]).any()]
+    joint = interval(np.mean(defined, axis=0)) if len(defined) == len(values) else None
+    return Spread(
+        mean=float(np.mean(values)),
+        std=float(np.std(values)),
+        minimum=min(values),
+        maximum=max(values),
+        generators=len(values),
+        interval=joint,
+    )
+
+
+def _worst_first(entry: SetReport) -> tuple[bool, float, str]:
+    return entry.metrics.ap is None, entry.metrics.ap or 0.0, entry.name
+
+
+def _labels(pictures: PictureSet) -> NDArray[np.int64]:
+    return np.array([r.label for r in pictures.records], dtype=np.int64)
+
+
+def _rows_by(pictures: PictureSet, key: str) -> dict[str, NDArray[np.intp]]:
+    """Indices of the records by generator or family."""
+    groups: dict[str, list[int]] = {}
+    for row, record in enumerate(pictures.records):
+        groups.setdefault(getattr(record, key), []).append(row)
+    return {name: np.array(rows, dtype=np.intp) for name, rows in groups.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
