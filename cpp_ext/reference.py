@@ -122,7 +122,7 @@ def check_soft_contrastive_inputs(
             f"labels must be int64 ({len(embeddings)},), one for each row, got {_of(labels)}: use labels.long()"
         )
     if bool(((labels != 0) & (labels != 1)).any()):
-        raise ValueError(f"labels must be 0 (real) or 1 (fake), got {labels.unique().tolist()[:5]}: map them first")
+        raise ValueError(f"labels must be 0 (real) or 1 (fake), got {sorted(set(labels.tolist()))[:5]}: map them first")
     if traces.ndim != 2 or traces.shape[1] != embeddings.shape[1] or traces.dtype not in FLOAT_TYPES:
         raise ValueError(
             f"traces must be floating point (J, {embeddings.shape[1]}), got {_of(traces)}: "

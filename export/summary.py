@@ -1,0 +1,127 @@
+"""One screen about a finished chain: per generator, per precision, and where things lie.
+
+`python -m export.summary --run runs/demo --model models/demo` reads what `train.evaluate` and `export.verify` wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from export.errors import ExportError
+from export.verify import REPORT_FOLDER
+from runtime.bundle import newest_bundle, open_bundle
+from runtime.errors import NTFError
+from runtime.manifest import ArtifactSpec
+from runtime.strict_json import from_jsonable
+from train.checkpoint import newest_run
+from train.report import JSON_FILE, EvaluationReport, short_table
+
+EVALUATION = Path("report") / JSON_FILE
+VERIFICATION = REPORT_FOLDER / "verify.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Print what a run and its bundle have shown."""
+
+    run: Path | None = None
+    """Run folder; default: the newest in runs/."""
+    model: Path | None = None
+    """Bundle; default: the newest in models/."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = tyro.cli(Options, prog="python -m export.summary", args=arguments)
+    try:
+        run = options.run or newest_run()
+        model = options.model or newest_bundle(Path("models"))
+        print(summary(run, model))
+    except NTFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def summary(run: Path, model: Path) -> str:
+    """Tables per generator and per precision, and the files that were left.
+
+    Args:
+        run: run folder with the reports of `train.evaluate` and `export.verify`.
+        model: bundle folder or .zip.
+
+    Raises:
+        ExportError: a report is missing.
+        BundleError: the bundle or a report is damaged.
+    """
+    evaluation = from_jsonable(EvaluationReport, read_report(run, EVALUATION, "train.evaluate"), subject="evaluation")
+    verification = read_report(run, VERIFICATION, "export.verify")
+    artifacts = open_bundle(model).manifest.artifacts
+    parts = [
+        f"Per generator, in percent ({evaluation.data}, {evaluation.split})",
+        short_table(evaluation),
+        "",
+        "Per precision, against the PyTorch model on the validation pictures",
+        precision_table(verification["comparisons"], artifacts),
+        "",
+        f"run:    {run}  (reports in {run / 'report'})",
+        f"bundle: {model}  ({', '.join(artifact.file for artifact in artifacts)})",
+    ]
+    return "\n".join(parts)
+
+
+def read_report(run: Path, name: Path, command: str) -> dict[str, Any]:
+    """A JSON report in a run folder.
+
+    Raises:
+        ExportError: it is not there, or is not JSON.
+    """
+    path = run / name
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            str(path), got=str(error), wanted=f"the report of {command}", remedy=f"run python -m {command} first"
+        ) from error
+    return content
+
+
+def precision_table(comparisons: Sequence[dict[str, Any]], artifacts: Sequence[ArtifactSpec]) -> str:
+    """One line per precision and back-end.
+
+    Args:
+        comparisons: of `verify.json`.
+        artifacts: of the bundle; the sizes of the ONNX graphs are shown.
+    """
+    sizes = {artifact.precision: artifact.size_bytes for artifact in artifacts if artifact.format == "onnx"}
+    rows = [("precision", "back-end", "ONNX", "largest logit diff", "AP change", "verdict flips", "result")]
+    rows += [
+        (
+            row["precision"],
+            row["backend"],
+            f"{sizes[row['precision']] / 1e6:.1f} MB",
+            f"{row['logit_diff_max']:.1e}",
+            "n/a" if row["ap_change_points"] is None else f"{row['ap_change_points']:+.2f}",
+            f"{row['verdict_flips']} of {row['pictures']}",
+            "pass" if row["passed"] else "FAIL",
+        )
+        for row in comparisons
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
