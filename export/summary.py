@@ -15,7 +15,8 @@ from typing import Any
 import tyro
 
 from export.errors import ExportError
-from export.verify import REPORT_FOLDER
+from export.report import JSON_FILE as VERIFICATION_FILE
+from export.report import REPORT_FOLDER
 from runtime.bundle import newest_bundle, open_bundle
 from runtime.errors import NTFError
 from runtime.manifest import ArtifactSpec
@@ -24,7 +25,7 @@ from train.checkpoint import newest_run
 from train.report import JSON_FILE, EvaluationReport, short_table
 
 EVALUATION = Path("report") / JSON_FILE
-VERIFICATION = REPORT_FOLDER / "verify.json"
+VERIFICATION = REPORT_FOLDER / VERIFICATION_FILE
 
 
 @dataclass(frozen=True)

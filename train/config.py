@@ -148,7 +148,7 @@ def preset_config(preset: Preset) -> RunConfig:
         data=DEMO_DATA,
         # So few steps move a classifier on unit rows only with a heavier cross entropy than the paper's 0.5.
         loss=LossConfig(gamma=5.0),
-        stage1=Stage1Config(epochs=2, batch_size=16, lr=0.01),
+        stage1=Stage1Config(epochs=2, batch_size=16, lr=0.002),
         stage2=Stage2Config(epochs=5, batch_size=48, lr=0.1),
     )
 

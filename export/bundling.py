@@ -1,0 +1,167 @@
+"""Writing a model bundle: what is kept of an older one, golden inputs, and the swap of folders."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.errors import ExportError
+from runtime.backends import Backend
+from runtime.bundle import Bundle, open_bundle
+from runtime.errors import BundleError
+from runtime.manifest import MANIFEST_FILE, ArtifactSpec, GoldenSpec, ModelManifest, Precision, save_manifest
+
+GOLDEN_FILE = "golden.npz"
+GOLDEN_PICTURES = 4
+
+
+def onnx_file(precision: str) -> str:
+    """File name of the ONNX graph of a precision."""
+    return f"model.{precision}.onnx"
+
+
+def engine_file(precision: str, flavour: str, target: str) -> str:
+    """File name of an engine."""
+    return f"model.{precision}.{flavour}-{target}.engine"
+
+
+def existing_bundle(folder: Path, checkpoint_sha256: str) -> Bundle | None:
+    """The sound bundle of the same checkpoint that stands in a folder; None where there is nothing to keep.
+
+    Raises:
+        ExportError: the folder holds something that is not a bundle, which is not overwritten.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / MANIFEST_FILE).is_file():
+        raise ExportError(
+            f"--model {folder}",
+            got="a path that holds something else than a model bundle",
+            wanted="a new folder, or an earlier bundle",
+            remedy="choose another folder",
+        )
+    try:
+        bundle = open_bundle(folder)
+    except BundleError as error:
+        print(f"note: the bundle in {folder} is damaged and is replaced as a whole ({error})")
+        return None
+    return bundle if bundle.manifest.checkpoint_sha256 == checkpoint_sha256 else None
+
+
+def kept_artifacts(
+    old: Bundle | None, replaced: Iterable[str], new_graphs: Mapping[Precision, bytes]
+) -> list[tuple[ArtifactSpec, bytes]]:
+    """Artifacts of the old bundle that stay valid: other precisions, and engines whose graph is the same still.
+
+    Args:
+        old: bundle of the same checkpoint, or None.
+        replaced: precisions that are made anew, with their engines.
+        new_graphs: content of the ONNX graphs that are made anew, by precision.
+    """
+    if old is None:
+        return []
+    gone = set(replaced)
+    changed = {
+        artifact.precision
+        for artifact in old.manifest.artifacts
+        if artifact.format == "onnx"
+        and artifact.precision in new_graphs
+        and hashlib.sha256(new_graphs[artifact.precision]).hexdigest() != artifact.sha256
+    }
+    return [
+        (artifact, old.read(artifact))
+        for artifact in old.manifest.artifacts
+        if artifact.precision not in gone | changed
+        and not (artifact.format == "onnx" and artifact.precision in new_graphs)
+    ]
+
+
+def golden_images(height: int, width: int) -> NDArray[np.uint8]:
+    """GOLDEN_PICTURES made pictures (4, H, W, 3): noise, waves, a ramp and black. Nobody's photograph is shipped."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[0:height, 0:width]
+    waves = 127.5 + 127.5 * np.sin(rows / 5.0) * np.cos(columns / 9.0)
+    ramp = (rows + columns) * (255.0 / max(1, height + width - 2))
+    grey = np.stack([waves, ramp, np.zeros((height, width))]).round().astype(np.uint8)
+    noise = rng.integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    return np.concatenate([noise, np.repeat(grey[..., None], 3, axis=-1)])
+
+
+def golden_content(images: NDArray[np.uint8], backends: Mapping[str, Backend]) -> bytes:
+    """Bytes of golden.npz: `images`, and `<precision>.<output>` of each precision.
+
+    Args:
+        images: from `golden_images`.
+        backends: the reference back-end of each precision.
+    """
+    arrays: dict[str, NDArray[np.generic]] = {"images": images}
+    for precision, backend in sorted(backends.items()):
+        outputs = backend.infer(images)._asdict()
+        arrays |= {f"{precision}.{name}": values for name, values in outputs.items()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def golden_spec(content: bytes) -> GoldenSpec:
+    """What the manifest says of golden.npz."""
+    return GoldenSpec(GOLDEN_FILE, hashlib.sha256(content).hexdigest(), len(content), GOLDEN_PICTURES)
+
+
+def write_bundle(folder: Path, manifest: ModelManifest, files: Mapping[str, bytes]) -> Bundle:
+    """Write a bundle beside `folder`, check it, and put it in its place.
+
+    Args:
+        folder: where the bundle will stand; an older bundle there is replaced.
+        manifest: complete.
+        files: content of every file the manifest lists.
+
+    Raises:
+        BundleError: what was written cannot be read back; the old bundle stands as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, content in files.items():
+            _write(temporary / name, content)
+        save_manifest(manifest, temporary)
+        temporary.chmod(0o755)  # mkdtemp's 0700 would lock other users out of a shared bundle
+        open_bundle(temporary)
+        _swap(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return open_bundle(folder)
+
+
+def sorted_artifacts(artifacts: Iterable[ArtifactSpec]) -> tuple[ArtifactSpec, ...]:
+    """Artifacts in the order of their file names, so that equal bundles have equal manifests."""
+    return tuple(sorted(artifacts, key=lambda artifact: artifact.file))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _swap(new: Path, folder: Path) -> None:
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = new.with_name(f"{new.name}.old")
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)

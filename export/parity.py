@@ -1,0 +1,195 @@
+"""Comparison of a precision on a back-end with the PyTorch model, and the limits it must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.onnx_export import torch_outputs
+from runtime.backends import BACKENDS, Backend, open_backend, probe_backend
+from runtime.manifest import CalibrationSpec, ModelManifest, ParitySpec, Precision
+from train.metrics import detection_metrics
+from train.model import NTFDetector
+
+REFERENCE = "torch fp32"
+
+Logits = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ParityLimits:
+    """What a precision may differ from PyTorch. Improvements of AP and accuracy are not limited.
+
+    Attributes:
+        logit_diff_max: largest difference of one calibrated logit (raw difference / temperature).
+        logit_diff_mean: mean difference of the calibrated logits.
+        ap_loss_points: largest loss of average precision, in percentage points.
+        accuracy_loss_points: largest loss of accuracy at the precision's own threshold, in percentage points.
+        flipped_share: largest share of pictures whose verdict differs.
+        reason: why these figures.
+
+    Note:
+        A change of one single picture is always allowed for accuracy and flips: less cannot be resolved.
+    """
+
+    logit_diff_max: float
+    logit_diff_mean: float
+    ap_loss_points: float
+    accuracy_loss_points: float
+    flipped_share: float
+    reason: str
+
+
+LIMITS: Mapping[str, ParityLimits] = {
+    "fp32": ParityLimits(
+        1e-2, 1e-3, 0.01, 0.0, 0.0, "the same arithmetic in another order: only the last bits of a sum may move"
+    ),
+    "fp16": ParityLimits(
+        0.5, 0.05, 0.2, 0.5, 0.01, "11-bit rounding: a mean of 0.05 moves no probability by more than 1.3 points"
+    ),
+    "int8": ParityLimits(
+        4.0,
+        0.5,
+        1.0,
+        2.0,
+        0.1,
+        "8 bits may cost a point of AP; most flips are pictures near a threshold of `uncertain`",
+    ),
+}
+
+
+def running_backends() -> list[str]:
+    """Names of the back-ends that run here."""
+    return [name for name in BACKENDS if probe_backend(name).runs]
+
+
+@contextmanager
+def opened_backends(
+    graphs: Mapping[Precision, bytes], manifest: ModelManifest, names: Iterable[str]
+) -> Iterator[dict[tuple[str, str], Backend]]:
+    """Every graph opened on every back-end, by (precision, back-end); closed at the end.
+
+    Args:
+        graphs: content of the .onnx file of each precision.
+        manifest: what the graphs are checked against.
+        names: back-ends.
+    """
+    with ExitStack() as stack:
+        pairs = [(precision, name) for precision in graphs for name in names]
+        yield {
+            (precision, name): stack.enter_context(
+                closing(open_backend(name, graphs[precision], manifest, file=f"model.{precision}.onnx"))
+            )
+            for precision, name in pairs
+        }
+
+
+def collect_logits(
+    detector: NTFDetector,
+    backends: Mapping[tuple[str, str], Backend],
+    batches: Iterable[NDArray[np.uint8]],
+) -> tuple[Logits, dict[tuple[str, str], Logits]]:
+    """Logits of PyTorch and of every back-end on the same pictures, which are decoded once.
+
+    Args:
+        detector: on the CPU, in evaluation mode.
+        backends: from `opened_backends`.
+        batches: prepared pictures.
+    """
+    reference: list[Logits] = []
+    scored: dict[tuple[str, str], list[Logits]] = {key: [] for key in backends}
+    for images in batches:
+        reference.append(torch_outputs(detector, images)[0])
+        for key, backend in backends.items():
+            scored[key].append(backend.infer(images).logits)
+    return np.concatenate(reference), {key: np.concatenate(parts) for key, parts in scored.items()}
+
+
+def centred_thresholds(calibration: CalibrationSpec, logits: Logits) -> CalibrationSpec:
+    """The same verdicts on `logits`, with each threshold in the middle between its neighbours.
+
+    A threshold that is one picture's own logit flips that picture with the last bit of another back-end.
+
+    Args:
+        calibration: fitted on `logits`.
+        logits: (N,) raw logits.
+    """
+    fake = _centred(calibration.fake_threshold, logits)
+    real = fake
+    if calibration.real_threshold < calibration.fake_threshold:
+        real = min(fake, _centred(calibration.real_threshold, logits))
+    return replace(calibration, real_threshold=real, fake_threshold=fake)
+
+
+def compare_logits(
+    logits: Logits,
+    reference: Logits,
+    labels: Labels,
+    *,
+    calibration: CalibrationSpec,
+    reference_calibration: CalibrationSpec,
+    backend: str,
+    limits: ParityLimits,
+) -> ParitySpec:
+    """Figures of one precision on one back-end against PyTorch, each judged at its own threshold.
+
+    Args:
+        logits: (N,) raw logits of the artifact.
+        reference: (N,) raw logits of PyTorch for the same pictures.
+        labels: (N,) 0 real, 1 fake.
+        calibration: of the artifact's precision.
+        reference_calibration: of the PyTorch model.
+        backend: name for the record.
+        limits: what must hold.
+    """
+    difference = np.abs(logits.astype(np.float64) - reference)
+    ours = detection_metrics(logits, labels, calibration=calibration)
+    theirs = detection_metrics(reference, labels, calibration=reference_calibration)
+    flips = int((calibration.verdicts(logits) != reference_calibration.verdicts(reference)).sum())
+    parity = ParitySpec(
+        backend=backend,
+        reference=REFERENCE,
+        pictures=len(labels),
+        logit_diff_max=float(difference.max()),
+        logit_diff_mean=float(difference.mean()),
+        ap_change_points=None if ours.ap is None or theirs.ap is None else 100.0 * (ours.ap - theirs.ap),
+        accuracy_change_points=100.0 * (ours.accuracy_at_threshold - theirs.accuracy_at_threshold),
+        verdict_flips=flips,
+        passed=False,
+    )
+    broken = broken_limits(parity, limits, temperature=reference_calibration.temperature)
+    return replace(parity, passed=not broken)
+
+
+def broken_limits(parity: ParitySpec, limits: ParityLimits, *, temperature: float) -> list[str]:
+    """Each limit that a comparison breaks, in words; empty when it passes.
+
+    Args:
+        parity: the comparison.
+        limits: what must hold.
+        temperature: of the PyTorch model's calibration; it makes logit differences comparable between models.
+    """
+    one = 1.0 / parity.pictures
+    checks = (
+        ("largest logit difference", parity.logit_diff_max / temperature, limits.logit_diff_max),
+        ("mean logit difference", parity.logit_diff_mean / temperature, limits.logit_diff_mean),
+        ("AP loss in points", -(parity.ap_change_points or 0.0), limits.ap_loss_points),
+        ("accuracy loss in points", -parity.accuracy_change_points, max(limits.accuracy_loss_points, 100 * one)),
+        ("share of verdicts flipped", parity.verdict_flips / parity.pictures, max(limits.flipped_share, one)),
+    )
+    # Written so that NaN breaks every limit.
+    return [
+        f"{what} {value:.4g}, at most {limit:.4g}" for what, value, limit in checks if not value <= limit * 1.000001
+    ]
+
+
+def _centred(threshold: float, logits: Logits) -> float:
+    below, above = logits[logits <= threshold], logits[logits > threshold]
+    if not len(below) or not len(above):
+        return threshold
+    return (float(below.max()) + float(above.min())) / 2

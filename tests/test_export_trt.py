@@ -1,0 +1,201 @@
+"""The export command on a tiny run: the bundle it leaves, what it keeps, and how it fails."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from exported import EXPORT_OPTIONS, finished_run, fp32_graph, full_bundle, pictures
+
+import export.graphs
+from export.bundling import golden_images
+from export.graph import copy_of, model_bytes
+from export.trt import Options, asked_precisions, main
+from runtime import Detector
+from runtime.bundle import open_bundle
+from runtime.manifest import OUTPUTS, PRECISIONS, ProfileSpec
+from train.checkpoint import load_calibration
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The FP32 graph of the run without tracing it again; `full_bundle` covers that."""
+    model = onnx.load(full_bundle() / "model.fp32.onnx")
+    monkeypatch.setattr(export.graphs, "onnx_from_model", lambda detector: copy_of(model))
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A copy of the full bundle that a test may write into."""
+    return shutil.copytree(full_bundle(), tmp_path / "tiny")
+
+
+def artifacts(folder):
+    return {a.file: a for a in open_bundle(folder).manifest.artifacts}
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def run_main(folder, *arguments):
+    return main(["--run", str(finished_run()), "--model", str(folder), *EXPORT_OPTIONS, *arguments])
+
+
+def test_no_precision_flag_means_all_three():
+    assert asked_precisions(Options()) == list(PRECISIONS)
+    assert asked_precisions(Options(int8=True)) == ["int8"]
+    assert asked_precisions(Options(int8=True, fp32=True)) == ["fp32", "int8"]
+
+
+def test_the_bundle_holds_a_graph_and_an_engine_of_each_precision():
+    pytest.importorskip("tensorrt_rtx")
+    found = artifacts(full_bundle())
+    assert {f"model.{p}.onnx" for p in PRECISIONS} <= found.keys()
+    engines = [a for a in found.values() if a.format == "engine"]
+    assert sorted(a.precision for a in engines) == sorted(PRECISIONS)
+    for engine in engines:
+        assert engine.flavour == "rtx"
+        assert engine.file == f"model.{engine.precision}.rtx-portable.engine"
+        assert engine.profile == ProfileSpec(1, 2, 4)
+        assert len(engine.targets) > 1
+        onnx = found[f"model.{engine.precision}.onnx"]
+        assert engine.versions["onnx_sha256"] == onnx.sha256
+
+
+def test_every_graph_passed_its_comparison_on_every_backend_and_names_its_wider_layers():
+    for artifact in artifacts(full_bundle()).values():
+        if artifact.format != "onnx":
+            continue
+        assert {"onnxruntime", "openvino"} >= {p.backend for p in artifact.parity}
+        assert artifact.parity
+        assert all(p.passed and p.pictures == 40 and p.reference == "torch fp32" for p in artifact.parity)
+        assert bool(artifact.higher_precision_layers) == (artifact.precision != "fp32")
+
+
+def test_each_precision_has_its_own_calibration_for_the_rates_of_the_run():
+    calibration = open_bundle(full_bundle()).manifest.calibration
+    run = load_calibration(finished_run())
+    assert set(calibration) == set(PRECISIONS)
+    assert calibration["int8"] != calibration["fp32"]
+    assert calibration["fp32"].temperature == pytest.approx(run.temperature, rel=1e-3)
+    assert {c.real_flagged_rate for c in calibration.values()} == {run.real_flagged_rate}
+
+
+def test_golden_outputs_are_what_the_runtime_gives_and_show_nobodys_picture():
+    bundle = open_bundle(full_bundle())
+    golden = np.load(io.BytesIO(bundle.read(bundle.manifest.golden)))
+    np.testing.assert_array_equal(golden["images"], golden_images(160, 160))
+    assert golden["images"].shape == (4, 160, 160, 3)
+    for precision in PRECISIONS:
+        with Detector.load(full_bundle(), backend="onnxruntime", precision=precision) as detector:
+            found = list(detector.predict(list(golden["images"]), batch_size=4))
+        logits = golden[f"{precision}.logits"]
+        expected = bundle.manifest.calibration[precision].fake_probability(logits)
+        np.testing.assert_allclose([d.fake_probability for d in found], expected, atol=1e-6)
+        assert {f"{precision}.{name}" for name in OUTPUTS} <= set(golden.files)
+
+
+def test_two_exports_of_the_same_weights_give_the_same_graph():
+    assert (full_bundle() / "model.fp32.onnx").read_bytes() == model_bytes(fp32_graph("test_resnet"))
+
+
+def test_int8_alone_also_writes_the_fp32_graph_and_the_same_bytes_each_time(tmp_path, quick):
+    assert run_main(tmp_path / "tiny", "--int8", "--no-engine") == 0
+    first = files(tmp_path / "tiny")
+    assert sorted(artifacts(tmp_path / "tiny")) == ["model.fp32.onnx", "model.int8.onnx"]
+    assert run_main(tmp_path / "tiny", "--int8", "--no-engine") == 0
+    assert files(tmp_path / "tiny") == first
+    assert first["model.int8.onnx"] == (full_bundle() / "model.int8.onnx").read_bytes()
+
+
+def test_asking_for_one_precision_keeps_the_others_as_they_are(bundle, quick):
+    before = files(bundle)
+    assert run_main(bundle, "--fp16", "--no-engine") == 0
+    after = files(bundle)
+    gone = before.keys() - after.keys()
+    assert all(name.startswith("model.fp16.") and name.endswith(".engine") for name in gone)
+    assert all(after[name] == before[name] for name in after if name != "manifest.json")
+    assert {a.precision for a in artifacts(bundle).values()} == set(PRECISIONS)
+
+
+def test_a_bundle_of_another_checkpoint_is_replaced_as_a_whole(bundle, quick, monkeypatch):
+    monkeypatch.setattr("export.run_inputs.sha256_of", lambda path: "a" * 64)
+    assert run_main(bundle, "--fp32", "--no-engine") == 0
+    assert sorted(artifacts(bundle)) == ["model.fp32.onnx"]
+
+
+def test_without_tensorrt_the_bundle_is_made_and_the_message_says_what_to_install(tmp_path, quick, monkeypatch, capsys):
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run_main(tmp_path / "tiny", "--fp32") == 0
+    assert sorted(artifacts(tmp_path / "tiny")) == ["model.fp32.onnx"]
+    text = capsys.readouterr().out
+    assert "TensorRT is not installed" in text
+    assert 'pip install "ntf-toolkit[rtx]"' in text
+
+
+def test_a_failed_export_leaves_the_old_bundle_whole_and_nothing_beside_it(bundle, quick, monkeypatch, capsys):
+    before = files(bundle)
+
+    def fail(*arguments, **settings):
+        from export.errors import ExportError
+
+        raise ExportError("engine", got="nothing", wanted="an engine", remedy="try again")
+
+    monkeypatch.setattr("export.trt.golden_content", fail)
+    assert run_main(bundle, "--fp32", "--no-engine") == 1
+    assert "error: engine: got nothing" in capsys.readouterr().err
+    assert files(bundle) == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["tiny"]
+
+
+def test_a_kill_in_the_middle_of_the_swap_puts_the_old_bundle_back(bundle, quick, monkeypatch):
+    before = files(bundle)
+    real = type(bundle).rename
+
+    def rename(self, target):
+        if not self.name.endswith(".old") and self != bundle:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(type(bundle), "rename", rename)
+    assert run_main(bundle, "--fp32", "--no-engine") == 130
+    assert files(bundle) == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["tiny"]
+
+
+def test_a_folder_with_something_else_in_it_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run_main(tmp_path, "--fp32") == 1
+    assert "holds something else than a model bundle" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_damaged_bundle_is_replaced_and_that_is_said(bundle, quick, capsys):
+    (bundle / "model.int8.onnx").write_bytes(b"damaged")
+    assert run_main(bundle, "--fp32", "--no-engine") == 0
+    assert "is damaged and is replaced" in capsys.readouterr().out
+    assert sorted(artifacts(bundle)) == ["model.fp32.onnx"]
+
+
+def test_changed_validation_pictures_stop_the_export(tmp_path, capsys, monkeypatch):
+    moved = shutil.copytree(pictures(), tmp_path / "pictures")
+    next(moved.rglob("val/**/*.png")).unlink()
+    monkeypatch.setattr("export.run_inputs.data_source", lambda name: moved)
+    assert run_main(tmp_path / "tiny", "--fp32") == 1
+    assert "the pictures that" in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_exist_is_an_error(tmp_path, capsys):
+    assert main(["--run", str(tmp_path / "none"), "--model", str(tmp_path / "m")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_profile_that_makes_no_sense_is_an_error(tmp_path, capsys):
+    assert run_main(tmp_path / "tiny", "--min-batch", "8", "--max-batch", "4") == 1
+    assert "min_batch <= opt_batch <= max_batch" in capsys.readouterr().err
