@@ -20,7 +20,7 @@ COLUMNS = (
     "mean diff",
     "AP pts",
     "acc pts",
-    "flips",
+    "flips/opp",
     "result",
 )
 
@@ -41,7 +41,7 @@ def parity_rows(rows: Rows) -> list[list[str]]:
             f"{parity.logit_diff_mean:.2e}",
             "n/a" if parity.ap_change_points is None else f"{parity.ap_change_points:+.2f}",
             f"{parity.accuracy_change_points:+.2f}",
-            f"{parity.verdict_flips}/{parity.pictures}",
+            f"{parity.verdict_flips}/{parity.opposite_verdicts}",
             "pass" if parity.passed else "FAIL",
         ]
         for precision, parity in rows
@@ -94,7 +94,7 @@ def parity_markdown(rows: Rows, *, broken: Mapping[str, Sequence[str]], about: M
         *(f"- FAIL {where}: {'; '.join(what)}" for where, what in broken.items() if what),
         "",
         "max and mean diff: of the raw logits; AP pts, acc pts: change in percentage points, accuracy at each",
-        "precision's own threshold; flips: verdicts that differ.",
+        "precision's own threshold; flips/opp: verdicts that differ, and how many of them between real and fake.",
         "",
         "Limits (logit differences are divided by the PyTorch model's temperature):",
         "",

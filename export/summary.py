@@ -102,7 +102,7 @@ def precision_table(comparisons: Sequence[dict[str, Any]], artifacts: Sequence[A
         artifacts: of the bundle; the sizes of the ONNX graphs are shown.
     """
     sizes = {artifact.precision: artifact.size_bytes for artifact in artifacts if artifact.format == "onnx"}
-    rows = [("precision", "back-end", "ONNX", "largest logit diff", "AP change", "verdict flips", "result")]
+    rows = [("precision", "back-end", "ONNX", "largest logit diff", "AP change", "verdict flips", "opposite", "result")]
     rows += [
         (
             row["precision"],
@@ -111,6 +111,7 @@ def precision_table(comparisons: Sequence[dict[str, Any]], artifacts: Sequence[A
             f"{row['logit_diff_max']:.1e}",
             "n/a" if row["ap_change_points"] is None else f"{row['ap_change_points']:+.2f}",
             f"{row['verdict_flips']} of {row['pictures']}",
+            str(row["opposite_verdicts"]),
             "pass" if row["passed"] else "FAIL",
         )
         for row in comparisons

@@ -68,7 +68,7 @@ def _parity_line(parity: ParitySpec) -> str:
         f"  parity {'passed' if parity.passed else 'FAILED'}: {parity.backend} against {parity.reference},"
         f" {parity.pictures} pictures, logit difference {parity.logit_diff_max:.3g} max"
         f" {parity.logit_diff_mean:.3g} mean, AP {average}, accuracy {parity.accuracy_change_points:+.3f} points,"
-        f" {parity.verdict_flips} verdict flips"
+        f" {parity.verdict_flips} verdict flips, {parity.opposite_verdicts} of them between real and fake"
     )
 
 

@@ -110,6 +110,7 @@ class ParitySpec:
         ap_change_points: change of the average precision in percentage points; None where it is undefined.
         accuracy_change_points: change of the accuracy in percentage points.
         verdict_flips: pictures whose verdict differs.
+        opposite_verdicts: those of them that one calls real and the other fake.
         passed: whether the stated limits were kept.
     """
 
@@ -121,6 +122,7 @@ class ParitySpec:
     ap_change_points: float | None
     accuracy_change_points: float
     verdict_flips: int
+    opposite_verdicts: int
     passed: bool
 
 

@@ -128,7 +128,7 @@ def tiny_graph(*, offset=0.0, batch="N", input_type=TensorProto.UINT8, rename=No
 
 def parity(*, passed=True, backend="onnxruntime"):
     """A parity record."""
-    return ParitySpec(backend, "torch fp32", 8, 1e-4, 1e-5, 0.0, 0.0, 0, passed)
+    return ParitySpec(backend, "torch fp32", 8, 1e-4, 1e-5, 0.0, 0.0, 0, 0, passed)
 
 
 def write_bundle(folder, *, precisions=("fp32",), parities=None, graphs=None, **changes):

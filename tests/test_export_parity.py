@@ -40,11 +40,18 @@ def test_figures_are_those_counted_by_hand():
     parity = compare(moved)
     assert parity.logit_diff_max == 3.5
     assert parity.logit_diff_mean == pytest.approx(3.5 / 8)
-    assert parity.verdict_flips == 1  # uncertain to fake
+    assert (parity.verdict_flips, parity.opposite_verdicts) == (1, 0)  # uncertain to fake
     assert parity.accuracy_change_points == pytest.approx(-12.5)
     # Precision at the four fakes is now 1, 2/3, 3/4 and 4/5.
     assert parity.ap_change_points == pytest.approx(100 * ((1 + 2 / 3 + 3 / 4 + 4 / 5) / 4 - 1))
     assert not parity.passed
+
+
+def test_real_called_fake_counts_as_opposite():
+    swapped = LOGITS.copy()
+    swapped[[0, 7]] = swapped[[7, 0]]
+    parity = compare(swapped)
+    assert (parity.verdict_flips, parity.opposite_verdicts) == (2, 2)
 
 
 def test_each_precision_is_judged_at_its_own_threshold():
@@ -61,25 +68,26 @@ def test_each_precision_is_judged_at_its_own_threshold():
         ("ap_change_points", -0.21, "AP loss"),
         ("accuracy_change_points", -0.51, "accuracy loss"),
         ("verdict_flips", 11, "verdicts flipped"),
+        ("opposite_verdicts", 2, "opposite verdicts"),
         ("logit_diff_max", float("nan"), "largest logit difference nan"),
     ],
 )
 def test_each_limit_can_be_broken(field, value, words):
-    sound = ParitySpec("onnxruntime", "torch fp32", 1000, 0.9, 0.09, -0.1, -0.4, 10, True)
+    sound = ParitySpec("onnxruntime", "torch fp32", 1000, 0.9, 0.09, -0.1, -0.4, 10, 1, True)
     assert broken_limits(sound, LIMITS["fp16"], temperature=2.0) == []
     (broken,) = broken_limits(replace(sound, **{field: value}), LIMITS["fp16"], temperature=2.0)
     assert words in broken
 
 
 def test_a_better_ap_and_accuracy_break_nothing():
-    better = ParitySpec("onnxruntime", "torch fp32", 1000, 0.0, 0.0, 5.0, 5.0, 0, True)
+    better = ParitySpec("onnxruntime", "torch fp32", 1000, 0.0, 0.0, 5.0, 5.0, 0, 0, True)
     assert broken_limits(better, LIMITS["fp32"], temperature=1.0) == []
 
 
 def test_one_picture_is_always_allowed_and_two_are_not():
-    one = ParitySpec("onnxruntime", "torch fp32", 40, 0.0, 0.0, 0.0, -2.5, 1, True)
+    one = ParitySpec("onnxruntime", "torch fp32", 40, 0.0, 0.0, 0.0, -2.5, 1, 1, True)
     assert broken_limits(one, LIMITS["fp32"], temperature=1.0) == []
-    two = replace(one, verdict_flips=2)
+    two = replace(one, verdict_flips=2, opposite_verdicts=0)
     assert broken_limits(two, LIMITS["fp32"], temperature=1.0) != []
 
 

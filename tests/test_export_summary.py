@@ -15,6 +15,7 @@ COMPARISON = {
     "logit_diff_max": 0.00123,
     "ap_change_points": None,
     "verdict_flips": 1,
+    "opposite_verdicts": 0,
     "passed": True,
 }
 

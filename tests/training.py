@@ -11,6 +11,7 @@ from PIL import Image
 from train.config import (
     AugmentConfig,
     DecisionConfig,
+    LossConfig,
     ModelConfig,
     RunConfig,
     Stage1Config,
@@ -54,6 +55,7 @@ def tiny_config(data: Path, *, encoder: str = TINY_ENCODER, **changes: object) -
         preset_config("demo"),
         data=str(data),
         model=ModelConfig(encoder=encoder, encoder_weights="none", embedding_dim=128),
+        loss=LossConfig(),
         augment=AugmentConfig(),
         decision=DecisionConfig(real_flagged_rate=0.1, fake_missed_rate=0.1),
         stage1=Stage1Config(epochs=2, batch_size=4, lr=0.01),
