@@ -2,7 +2,7 @@
 #   make demo    data, training, export, verification, verdicts: the whole chain in minutes
 #   make test    the tests            make test-all   with the slow ones
 #   make check   lint, types, format  make format     apply the format
-#   make bench   benchmarks, their JSON and the README's tables
+#   make bench   demo and benchmarks, their JSON and the README's tables
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,10 +50,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
 
-bench: $(INSTALLED)
+bench: demo
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmarks.json
 	$(BIN)/python -m benchmarks.tables build/benchmarks.json
+	$(BIN)/python -m benchmarks.demo_table
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -71,16 +71,16 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_tables(document: str, tables: str) -> str:
-    """The document with everything between its markers replaced.
+def with_tables(document: str, tables: str, *, begin: str = BEGIN, end: str = END) -> str:
+    """The document with everything between two markers replaced.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise ValueError(f"the document needs the lines {BEGIN} and {END} once each, in this order")
-    head, rest = document.split(BEGIN)
-    return f"{head}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
+        raise ValueError(f"the document needs the lines {begin} and {end} once each, in this order")
+    head, rest = document.split(begin)
+    return f"{head}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def summary(run: Path, model: Path) -> str:
         short_table(evaluation),
         "",
         "Per precision, against the PyTorch model on the validation pictures",
-        precision_table(verification["comparisons"], artifacts),
+        precision_table(verification["comparisons"], graph_sizes(artifacts)),
         "",
         f"run:    {run}  (reports in {run / 'report'})",
         f"bundle: {model}  ({', '.join(artifact.file for artifact in artifacts)})",
@@ -94,20 +94,24 @@ def read_report(run: Path, name: Path, command: str) -> dict[str, Any]:
     return content
 
 
-def precision_table(comparisons: Sequence[dict[str, Any]], artifacts: Sequence[ArtifactSpec]) -> str:
+def graph_sizes(artifacts: Sequence[ArtifactSpec]) -> dict[str, int]:
+    """Bytes of the ONNX graph of each precision."""
+    return {artifact.precision: artifact.size_bytes for artifact in artifacts if artifact.format == "onnx"}
+
+
+def precision_table(comparisons: Sequence[dict[str, Any]], size_bytes: Mapping[str, int]) -> str:
     """One line per precision and back-end.
 
     Args:
         comparisons: of `verify.json`.
-        artifacts: of the bundle; the sizes of the ONNX graphs are shown.
+        size_bytes: of the ONNX graph of each precision.
     """
-    sizes = {artifact.precision: artifact.size_bytes for artifact in artifacts if artifact.format == "onnx"}
     rows = [("precision", "back-end", "ONNX", "largest logit diff", "AP change", "verdict flips", "opposite", "result")]
     rows += [
         (
             row["precision"],
             row["backend"],
-            f"{sizes[row['precision']] / 1e6:.1f} MB",
+            f"{size_bytes[row['precision']] / 1e6:.1f} MB",
             f"{row['logit_diff_max']:.1e}",
             "n/a" if row["ap_change_points"] is None else f"{row['ap_change_points']:+.2f}",
             f"{row['verdict_flips']} of {row['pictures']}",

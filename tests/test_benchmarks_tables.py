@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import demo_table
 from benchmarks.tables import BEGIN, END, README, RESULTS, condensed, main, markdown, with_tables
 
 ROOT = Path(__file__).parents[1]
@@ -55,3 +56,8 @@ def test_command_writes_results_and_readme(tmp_path):
 def test_readme_shows_the_committed_results():
     results = json.loads((ROOT / RESULTS).read_text())
     assert markdown(results) in (ROOT / README).read_text()
+
+
+def test_readme_shows_the_committed_demo():
+    results = json.loads((ROOT / demo_table.RESULTS).read_text())
+    assert demo_table.markdown(results) in (ROOT / README).read_text()

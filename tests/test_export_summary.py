@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from export.errors import ExportError
-from export.summary import main, precision_table, read_report
+from export.summary import graph_sizes, main, precision_table, read_report
 from runtime.bundle import open_bundle
 
 COMPARISON = {
@@ -21,9 +21,9 @@ COMPARISON = {
 
 
 def test_precision_table_has_one_line_per_comparison(tiny_bundle):
-    artifacts = open_bundle(tiny_bundle).manifest.artifacts
+    sizes = graph_sizes(open_bundle(tiny_bundle).manifest.artifacts)
     failed = COMPARISON | {"backend": "openvino", "ap_change_points": -0.5, "passed": False}
-    head, first, second = precision_table([COMPARISON, failed], artifacts).splitlines()
+    head, first, second = precision_table([COMPARISON, failed], sizes).splitlines()
     assert head.split()[0] == "precision"
     assert first.split()[:2] == ["fp32", "onnxruntime"]
     assert "1.2e-03" in first
