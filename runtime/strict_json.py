@@ -94,6 +94,8 @@ def _encode(value: Any) -> Any:
 def _decode(kind: Any, value: object, where: str) -> Any:
     """`value` as `kind`; `where` is the path of fields that an error names."""
     origin = typing.get_origin(kind)
+    if kind is Any:
+        return value
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(typing.cast(type, kind), value, where)
     if origin in (typing.Union, types.UnionType):

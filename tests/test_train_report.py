@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from runtime.manifest import CalibrationSpec
+from runtime.strict_json import from_jsonable
 from train.bootstrap import METRICS, Interval
 from train.metrics import detection_metrics
 from train.report import (
@@ -58,6 +59,10 @@ def report() -> EvaluationReport:
             "versions": {"torch": "2.14.1"},
         },
     )
+
+
+def test_report_comes_back_from_its_json(report: EvaluationReport) -> None:
+    assert from_jsonable(EvaluationReport, json.loads(report_json(report)), subject="report") == report
 
 
 def test_json_holds_everything_and_null_where_undefined(report: EvaluationReport) -> None:
