@@ -93,7 +93,7 @@ def test_file_that_is_no_graph_is_refused(manifest, name, data):
 
 
 def test_unknown_backend_is_refused_with_the_known_ones(manifest):
-    with pytest.raises(BackendError, match="got 'tpu', wanted auto or one of onnxruntime-cuda, openvino"):
+    with pytest.raises(BackendError, match="got 'tpu', wanted auto or one of onnxruntime-cuda, onnxruntime, openvino"):
         _open("tpu", manifest)
 
 
@@ -227,8 +227,8 @@ def test_probe_graph_is_the_one_relu_it_says():
     ("running", "expected"),
     [
         (BACKENDS, ("onnxruntime-cuda", "fp16")),
-        (("openvino", "onnxruntime"), ("openvino", "int8")),
-        (("onnxruntime",), ("onnxruntime", "fp32")),
+        (("openvino", "onnxruntime"), ("onnxruntime", "fp32")),
+        (("openvino",), ("openvino", "fp32")),
     ],
 )
 def test_auto_takes_the_documented_preference(tmp_path, monkeypatch, running, expected):
@@ -245,15 +245,15 @@ def test_auto_takes_the_documented_preference(tmp_path, monkeypatch, running, ex
         [],
         [parity(passed=False)],
         [parity(), parity(passed=False)],
-        [parity(backend="onnxruntime"), parity(backend="openvino", passed=False)],
+        [parity(backend="onnxruntime"), parity(backend="onnxruntime-cuda", passed=False)],
     ],
 )
-def test_int8_without_passed_parity_is_not_taken_by_itself(tmp_path, monkeypatch, records):
-    manifest = write_bundle(tmp_path / "m", precisions=("fp32", "int8"), parities={"int8": records})
-    monkeypatch.setattr("runtime.backends.choice.probe_backend", _runnable("openvino"))
+def test_fp16_without_passed_parity_is_not_taken_by_itself(tmp_path, monkeypatch, records):
+    manifest = write_bundle(tmp_path / "m", precisions=("fp32", "fp16"), parities={"fp16": records})
+    monkeypatch.setattr("runtime.backends.choice.probe_backend", _runnable("onnxruntime-cuda"))
     choice = choose(manifest, backend="auto", precision="auto")
     assert choice.artifact.precision == "fp32"
-    assert "int8 has no passed parity check" in choice.reason
+    assert "fp16 has no passed parity check" in choice.reason
 
 
 def test_parity_on_the_backend_itself_counts_before_that_of_others(tmp_path):

@@ -39,7 +39,7 @@ def test_json_report_has_the_fields_of_the_report(capsys):
     assert main(["doctor", "--json"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert {"python", "packages", "backends", "cuda", "tools", "engine_builders", "warnings", "advice"} <= set(plain)
-    assert plain["backends"][1]["name"] == "openvino"
+    assert plain["backends"][1]["name"] == "onnxruntime"
 
 
 def test_nothing_installed_gives_status_1_and_says_what_to_install(monkeypatch, capsys):

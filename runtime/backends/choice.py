@@ -9,12 +9,13 @@ from runtime.backends import BACKENDS, probe_backend
 from runtime.errors import BackendError
 from runtime.manifest import PRECISIONS, ArtifactSpec, ModelManifest
 
-# Fastest first, as measured on CPUs without VNNI for the two CPU back-ends: ONNX Runtime's INT8 is slower than its
-# FP32 there, and float16 is emulated by both. FP16 on CUDA uses the tensor cores.
+# As measured on a CPU without VNNI (benchmarks/results/cpu.json): there INT8 is slower than FP32 on both CPU back-ends,
+# and float16 is emulated. A CPU with VNNI may be faster with INT8; it is taken when it is named. FP16 on CUDA uses the
+# tensor cores.
 PREFERRED_PRECISIONS = {
     "onnxruntime-cuda": ("fp16", "fp32", "int8"),
-    "openvino": ("int8", "fp32", "fp16"),
     "onnxruntime": ("fp32", "int8", "fp16"),
+    "openvino": ("fp32", "int8", "fp16"),
 }
 
 
@@ -33,7 +34,7 @@ def choose(manifest: ModelManifest, *, backend: str, precision: str) -> Choice:
     Args:
         manifest: of the bundle.
         backend: one of BACKENDS, or "auto" for the first of them that runs here.
-        precision: one of PRECISIONS, or "auto" for the back-end's fastest that is safe: FP32, or one whose parity
+        precision: one of PRECISIONS, or "auto" for the back-end's first choice that is safe: FP32, or one whose parity
             check passed. A precision that is named outright is taken whatever its parity.
 
     Raises:
@@ -87,7 +88,7 @@ def _choose_artifact(manifest: ModelManifest, backend: str) -> tuple[ArtifactSpe
             continue
         if precision == "fp32" or parity_passed(artifact, backend):
             note = f" ({'; '.join(passed_over)})" if passed_over else ""
-            return artifact, f"precision {precision} is the fastest safe one for it{note}"
+            return artifact, f"precision {precision} is the first choice for it{note}"
         passed_over.append(f"{precision} has no passed parity check")
     return None, ""
 
