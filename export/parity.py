@@ -167,26 +167,30 @@ def compare_logits(
         opposite_verdicts=int((flipped & (mine != "uncertain") & (wanted != "uncertain")).sum()),
         passed=False,
     )
-    broken = broken_limits(parity, limits, temperature=reference_calibration.temperature)
+    broken = broken_limits(parity, limits, calibration=reference_calibration)
     return replace(parity, passed=not broken)
 
 
-def broken_limits(parity: ParitySpec, limits: ParityLimits, *, temperature: float) -> list[str]:
+def broken_limits(parity: ParitySpec, limits: ParityLimits, *, calibration: CalibrationSpec) -> list[str]:
     """Each limit that a comparison breaks, in words; empty when it passes.
 
     Args:
         parity: the comparison.
         limits: what must hold.
-        temperature: of the PyTorch model's calibration; it makes logit differences comparable between models.
+        calibration: of the PyTorch model; its temperature makes logit differences comparable between models, and where
+            its thresholds leave no room for `uncertain`, every flip is an opposite verdict and is limited as a flip.
     """
     one = 1.0 / parity.pictures
+    temperature = calibration.temperature
+    banded = calibration.real_threshold < calibration.fake_threshold
+    opposite = limits.opposite_share if banded else limits.flipped_share
     checks = (
         ("largest logit difference", parity.logit_diff_max / temperature, limits.logit_diff_max),
         ("mean logit difference", parity.logit_diff_mean / temperature, limits.logit_diff_mean),
         ("AP loss in points", -(parity.ap_change_points or 0.0), limits.ap_loss_points),
         ("accuracy loss in points", -parity.accuracy_change_points, max(limits.accuracy_loss_points, 100 * one)),
         ("share of verdicts flipped", parity.verdict_flips / parity.pictures, max(limits.flipped_share, one)),
-        ("share of opposite verdicts", parity.opposite_verdicts / parity.pictures, max(limits.opposite_share, one)),
+        ("share of opposite verdicts", parity.opposite_verdicts / parity.pictures, max(opposite, one)),
     )
     # Written so that NaN breaks every limit.
     return [

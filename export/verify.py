@@ -147,7 +147,7 @@ def verify_bundle(bundle: Bundle, run: Path, pictures: PictureSet) -> Verificati
             limits=limits,
         )
         rows.append((precision, parity))
-        broken[f"{precision} on {name}"] = broken_limits(parity, limits, temperature=torch_calibration.temperature)
+        broken[f"{precision} on {name}"] = broken_limits(parity, limits, calibration=torch_calibration)
     return Verification(tuple(rows), broken)
 
 
