@@ -90,7 +90,7 @@ def test_embedded_api_comes_from_the_wheel_and_needs_no_torch(environment, tmp_p
     )
     backend, last = _run(environment / "python", "-c", code, cwd=tmp_path).splitlines()
     version, torch_loaded, location = last.split(maxsplit=2)
-    assert backend == "openvino"
+    assert backend == "onnxruntime"
     assert version[0].isdigit()
     assert version != "0+unknown"
     assert torch_loaded == "False"
