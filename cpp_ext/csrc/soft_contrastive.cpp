@@ -16,9 +16,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Multiply-adds that are worth a second thread: waking it takes as long as about this many.
-constexpr int64_t kWorkForThread = int64_t{1} << 20;
-
 cpu::Matrix matrix_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.scalar_type(), tensor.size(0),
           tensor.size(1),          tensor.stride(0),     tensor.stride(1)};
@@ -36,10 +33,9 @@ cpu::Batch batch_of(const Tensor& embeddings, const Tensor& labels, const Tensor
           matrix_of(traces)};
 }
 
-cpu::Settings settings_of(const cpu::Batch& batch, double temperature, double eta, int64_t form, int64_t denominator) {
-  const int64_t work = batch.embeddings.rows * (batch.embeddings.rows + batch.traces.rows) * batch.embeddings.cols;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / kWorkForThread);
-  return {temperature, eta, static_cast<Form>(form), static_cast<Denominator>(denominator), static_cast<int>(threads)};
+cpu::Settings settings_of(double temperature, double eta, int64_t form, int64_t denominator) {
+  return {temperature, eta, static_cast<Form>(form), static_cast<Denominator>(denominator),
+          static_cast<int>(torch::stable::get_num_threads())};
 }
 
 bool wide(const Tensor& embeddings) { return embeddings.scalar_type() == ScalarType::Double; }
@@ -73,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddi
                                                            int64_t form, int64_t denominator, bool save,
                                                            bool /*allow_tf32*/) {
   const cpu::Batch batch = batch_of(embeddings, labels, traces);
-  const cpu::Settings settings = settings_of(batch, temperature, eta, form, denominator);
+  const cpu::Settings settings = settings_of(temperature, eta, form, denominator);
   const ScalarType type = accumulation_type(embeddings);
   const int64_t n = embeddings.size(0), width = embeddings.size(1);
   const bool pulls = save && settings.form != Form::log_mean;
@@ -94,7 +90,7 @@ Tensor backward(const Tensor& grad_loss, const Tensor& embeddings, const Tensor&
                 const Tensor& loss, const Tensor& log_keys, const Tensor& log_positives, const Tensor& pull,
                 double temperature, double eta, int64_t form, int64_t denominator, bool /*allow_tf32*/) {
   const cpu::Batch batch = batch_of(embeddings, labels, traces);
-  const cpu::Settings settings = settings_of(batch, temperature, eta, form, denominator);
+  const cpu::Settings settings = settings_of(temperature, eta, form, denominator);
   const ScalarType type = accumulation_type(embeddings);
   STD_TORCH_CHECK(settings.form == Form::log_mean || pull.size(0) == embeddings.size(0),
                   "pull must have a row for each embedding: run the forward with save=True");
@@ -116,7 +112,7 @@ Tensor traces_backward(const Tensor& grad_loss, const Tensor& embeddings, const 
                        const Tensor& loss, const Tensor& log_traces, double temperature, double eta, int64_t form,
                        int64_t denominator, bool /*allow_tf32*/) {
   const cpu::Batch batch = batch_of(embeddings, labels, traces);
-  const cpu::Settings settings = settings_of(batch, temperature, eta, form, denominator);
+  const cpu::Settings settings = settings_of(temperature, eta, form, denominator);
   const ScalarType type = accumulation_type(embeddings);
   const Contiguous upstream(grad_loss, type, "grad_loss"), losses(loss, type, "loss"),
       logs(log_traces, type, "log_traces");

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 namespace ntf::cpu {
 
@@ -16,6 +17,7 @@ using torch::headeronly::ScalarType;
 
 namespace {
 
+constexpr int64_t kCut = 32;         // blocks end at multiples of this, so that few strips are padded
 constexpr int64_t kSmallBlock = 64;  // smaller ones cost more in padding than a second thread brings
 
 template <typename From, typename T>
@@ -27,6 +29,12 @@ void read_row_of(const Matrix& matrix, int64_t row, T* out) {
     for (int64_t c = 0; c < matrix.cols; ++c) out[c] = static_cast<T>(from[c * matrix.col_stride]);
   }
 }
+
+// Multiply-adds that are worth another thread: waking it takes as long as a part of them.
+constexpr int64_t kWorkForThread = int64_t{1} << 22;
+
+// Reading and packing an element takes about as long as this many multiply-adds.
+constexpr int64_t kWorkOfElement = 16;
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -41,8 +49,11 @@ int64_t blocks_wanted(int64_t n, int threads) {
 void cut(Blocks& blocks, int label, int64_t first, int64_t rows, int64_t wanted) {
   if (rows == 0) return;
   const int64_t count = std::max(divided_up(rows, kBlock), std::max<int64_t>(wanted, 1));
+  // Rounded up, so that no block grows beyond kBlock, itself a multiple of kCut.
+  const auto bound = [&](int64_t b) { return std::min(rows, rounded_up(rows * b / count, kCut)); };
   for (int64_t b = 0; b < count; ++b) {
-    const int64_t begin = rows * b / count, end = rows * (b + 1) / count;
+    const int64_t begin = bound(b), end = bound(b + 1);
+    if (begin == end) continue;
     blocks.blocks.push_back({label, first + begin, static_cast<int>(end - begin)});
   }
 }
@@ -80,7 +91,6 @@ T dot(const T* a, const T* b, int64_t n) {
 
 Blocks blocks_of_batch(const int64_t* labels, int64_t stride, int64_t n, int threads) {
   Blocks blocks;
-  blocks.threads = threads;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t label = labels[i * stride];
     if (label != 0 && label != 1) {
@@ -100,9 +110,8 @@ Blocks blocks_of_batch(const int64_t* labels, int64_t stride, int64_t n, int thr
   return blocks;
 }
 
-Blocks blocks_of_traces(int64_t n, int threads) {
+Blocks blocks_of_traces(int64_t n) {
   Blocks blocks;
-  blocks.threads = threads;
   blocks.rows_of_label[0] = n;
   blocks.order.resize(n);
   for (int64_t i = 0; i < n; ++i) blocks.order[i] = i;
@@ -111,7 +120,8 @@ Blocks blocks_of_traces(int64_t n, int threads) {
 }
 
 template <typename T>
-PackedRows<T> pack(const Matrix& matrix, const Blocks& blocks, int layouts, const TileKernels<T>& kernels) {
+PackedRows<T> pack(const Matrix& matrix, const Blocks& blocks, int layouts, int threads,
+                   const TileKernels<T>& kernels) {
   const int64_t mr = kernels.mr, nr = kernels.nr, width = matrix.cols;
   int64_t most = 0;
   for (const Block& block : blocks.blocks) most = std::max<int64_t>(most, block.rows);
@@ -126,7 +136,7 @@ PackedRows<T> pack(const Matrix& matrix, const Blocks& blocks, int layouts, cons
   if (layouts & kRight) packed.right_rows = Buffer<T>(blocks.count() * packed.right_size);
   if (layouts & kAcross) packed.across_rows = Buffer<T>(blocks.count() * packed.across_size);
   std::vector<T> norms(blocks.count());
-  run_tasks(blocks.threads, blocks.count(), [&](int, int64_t b) {
+  run_tasks(workers_for(threads, blocks.count(), work_of_rows(matrix)), blocks.count(), [&](int, int64_t b) {
     const Block& block = blocks.blocks[b];
     std::vector<T> row(packed.strips * nr);
     T largest = 0;
@@ -157,10 +167,10 @@ PackedRows<T> pack(const Matrix& matrix, const Blocks& blocks, int layouts, cons
 }
 
 template <typename T>
-std::vector<T> label_sums(const Matrix& matrix, const Blocks& blocks, const T* weights, int64_t capacity) {
+std::vector<T> label_sums(const Matrix& matrix, const Blocks& blocks, const T* weights, int64_t capacity, int threads) {
   const int64_t width = matrix.cols;
   std::vector<double> partial(blocks.count() * width);
-  run_tasks(blocks.threads, blocks.count(), [&](int, int64_t b) {
+  run_tasks(workers_for(threads, blocks.count(), work_of_rows(matrix)), blocks.count(), [&](int, int64_t b) {
     const Block& block = blocks.blocks[b];
     std::vector<T> row(width);
     double* sum = partial.data() + b * width;
@@ -176,9 +186,14 @@ std::vector<T> label_sums(const Matrix& matrix, const Blocks& blocks, const T* w
   return std::vector<T>(total.begin(), total.end());
 }
 
-void run_tasks(int threads, int64_t count, const std::function<void(int, int64_t)>& task) {
-  const int workers = static_cast<int>(std::min<int64_t>(threads, count));
-  if (workers <= 1) {
+int64_t work_of_rows(const Matrix& matrix) { return matrix.rows * matrix.cols * kWorkOfElement; }
+
+int workers_for(int threads, int64_t count, int64_t work) {
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({threads, count, 1 + work / kWorkForThread})));
+}
+
+void run_tasks(int workers, int64_t count, const std::function<void(int, int64_t)>& task) {
+  if (workers == 1) {
     for (int64_t i = 0; i < count; ++i) task(0, i);
     return;
   }
@@ -188,27 +203,37 @@ void run_tasks(int threads, int64_t count, const std::function<void(int, int64_t
   });
 }
 
-void run_pairs(const Blocks& blocks, bool same_label, const std::function<void(int, int64_t, int64_t)>& task) {
+void run_pairs(int workers, const Blocks& blocks, bool same_label,
+               const std::function<void(int, int64_t, int64_t)>& task) {
+  // A round-robin tournament: one block stays, the others go round. With an odd number one has no partner. Before it,
+  // in round 0, each block meets itself. A worker takes the next game and waits until both its blocks have played the
+  // rounds before; those games were taken earlier, so the first of them never waits.
   const int64_t count = blocks.count();
-  if (same_label) run_tasks(blocks.threads, count, [&](int worker, int64_t i) { task(worker, i, i); });
-  // A round-robin tournament: one block stays, the others go round. With an odd number one has no partner.
-  const int64_t seats = count + count % 2, circle = seats - 1;
-  for (int64_t round = 0; round < circle; ++round) {
-    run_tasks(blocks.threads, seats / 2, [&](int worker, int64_t place) {
-      const int64_t a = place == 0 ? seats - 1 : (round + place) % circle;
-      const int64_t b = (round - place + circle) % circle;
-      if (a >= count || b >= count) return;
-      if (!same_label && blocks.blocks[a].label == blocks.blocks[b].label) return;
+  const int64_t seats = count + count % 2, circle = seats - 1, games = seats / 2;
+  std::vector<std::atomic<int64_t>> played(seats);
+  const auto play = [&](int worker, int64_t a, int64_t b, int64_t round) {
+    for (int64_t block : {a, b})
+      while (played[block].load(std::memory_order_acquire) != round) std::this_thread::yield();
+    const bool exist = a < count && b < count;
+    if (exist && (same_label || blocks.blocks[a].label != blocks.blocks[b].label))
       task(worker, std::min(a, b), std::max(a, b));
-    });
-  }
+    played[a].store(round + 1, std::memory_order_release);
+    if (b != a) played[b].store(round + 1, std::memory_order_release);
+  };
+  if (count == 0) return;
+  run_tasks(workers, seats + circle * games, [&](int worker, int64_t i) {
+    if (i < seats) return play(worker, i, i, 0);
+    const int64_t round = (i - seats) / games, place = (i - seats) % games;
+    const int64_t a = place == 0 ? seats - 1 : (round + place) % circle;
+    play(worker, a, (round - place + circle) % circle, round + 1);
+  });
 }
 
-#define NTF_INSTANTIATE(T)                                                                  \
-  template void read_row<T>(const Matrix&, int64_t, T*);                                    \
-  template T dot<T>(const T*, const T*, int64_t);                                           \
-  template PackedRows<T> pack<T>(const Matrix&, const Blocks&, int, const TileKernels<T>&); \
-  template std::vector<T> label_sums<T>(const Matrix&, const Blocks&, const T*, int64_t);
+#define NTF_INSTANTIATE(T)                                                                       \
+  template void read_row<T>(const Matrix&, int64_t, T*);                                         \
+  template T dot<T>(const T*, const T*, int64_t);                                                \
+  template PackedRows<T> pack<T>(const Matrix&, const Blocks&, int, int, const TileKernels<T>&); \
+  template std::vector<T> label_sums<T>(const Matrix&, const Blocks&, const T*, int64_t, int);
 NTF_INSTANTIATE(float)
 NTF_INSTANTIATE(double)
 #undef NTF_INSTANTIATE

@@ -62,7 +62,6 @@ struct Blocks {
   std::vector<Block> blocks;
   std::vector<int64_t> order;  // row numbers of the batch, real before fake
   int64_t rows_of_label[2] = {0, 0};
-  int threads = 1;
 
   int64_t count() const { return static_cast<int64_t>(blocks.size()); }
   int64_t row(const Block& block, int64_t r) const { return order[block.first + r]; }
@@ -73,7 +72,7 @@ struct Blocks {
 Blocks blocks_of_batch(const int64_t* labels, int64_t stride, int64_t n, int threads);
 
 // Rows without labels: the traces.
-Blocks blocks_of_traces(int64_t n, int threads);
+Blocks blocks_of_traces(int64_t n);
 
 enum Layout : int { kLeft = 1, kRight = 2, kAcross = 4 };
 
@@ -93,18 +92,26 @@ struct PackedRows {
 };
 
 template <typename T>
-PackedRows<T> pack(const Matrix& matrix, const Blocks& blocks, int layouts, const TileKernels<T>& kernels);
+PackedRows<T> pack(const Matrix& matrix, const Blocks& blocks, int layouts, int threads, const TileKernels<T>& kernels);
 
 // Sum over the rows of each label of weight * row, (2, C); weights by slot, or all 1 where null.
 template <typename T>
-std::vector<T> label_sums(const Matrix& matrix, const Blocks& blocks, const T* weights, int64_t capacity);
+std::vector<T> label_sums(const Matrix& matrix, const Blocks& blocks, const T* weights, int64_t capacity, int threads);
 
-// Calls task(worker, i) for i in [0, count), on `threads` threads; the order of calls is not defined.
-void run_tasks(int threads, int64_t count, const std::function<void(int, int64_t)>& task);
+// Multiply-adds that take about as long as one reading of the rows.
+int64_t work_of_rows(const Matrix& matrix);
 
-// Calls task(worker, i, k) for every pair of blocks i < k, and i == k, once. At any time the blocks of the running
-// tasks differ, and each block meets the others in a fixed order: so a task may add to what belongs to its two
-// blocks, and the sums come out with the same bits however the tasks are spread over threads.
-void run_pairs(const Blocks& blocks, bool same_label, const std::function<void(int, int64_t, int64_t)>& task);
+// Threads that `count` tasks of `work` multiply-adds in all are worth, 1 to `threads`.
+int workers_for(int threads, int64_t count, int64_t work);
+
+// Calls task(worker, i) for i in [0, count); the order of calls is not defined, and tasks must not throw.
+void run_tasks(int workers, int64_t count, const std::function<void(int, int64_t)>& task);
+
+// Calls task(worker, i, k) once for every pair of blocks i < k and i == k; without `same_label` only for blocks of
+// different labels. At any time the blocks of the running tasks differ, and each block meets the others in a fixed
+// order: so a task may add to what belongs to its two blocks, and the sums come out with the same bits however the
+// tasks are spread over threads.
+void run_pairs(int workers, const Blocks& blocks, bool same_label,
+               const std::function<void(int, int64_t, int64_t)>& task);
 
 }  // namespace ntf::cpu
