@@ -33,12 +33,14 @@ struct Lanes<float> {
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct Lanes<double> {
   typedef double Vector __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
 };
 template <typename T>
 using Vec = typename Lanes<T>::Vector;
@@ -125,8 +127,8 @@ struct Format<double> {
   static constexpr double kSmallest = -1022.0;
 };
 
-// 2^(x * scale - shift); the exponent must be below the largest of the type, and is raised to the smallest where
-// kClamp is set.
+// 2^(x * scale - shift), as long as that exponent is below the type's largest; beyond it, as pairs that do not count
+// may be, any number. With kClamp the exponent is raised to the type's smallest.
 template <bool kClamp, typename T>
 inline Vec<T> power_of_two(Vec<T> x, T scale, Vec<T> shift) {
   Vec<T> exponent = x * scale - shift;
@@ -134,8 +136,9 @@ inline Vec<T> power_of_two(Vec<T> x, T scale, Vec<T> shift) {
   const Vec<T> rounded = exponent + Format<T>::kRounder;
   const Vec<T> whole = rounded - Format<T>::kRounder;
   const Vec<T> fraction = kClamp ? exponent - whole : x * scale - whole;
-  return reinterpret_cast<Vec<T>>(reinterpret_cast<Ints<T>>(power_of_fraction(fraction)) +
-                                  (reinterpret_cast<Ints<T>>(rounded) << Format<T>::kMantissa));
+  using Bits = typename Lanes<T>::Bits;
+  return reinterpret_cast<Vec<T>>(reinterpret_cast<Bits>(power_of_fraction(fraction)) +
+                                  (reinterpret_cast<Bits>(rounded) << Format<T>::kMantissa));
 }
 
 template <typename T>
