@@ -2,11 +2,13 @@
 #   make demo    data, training, export, verification, verdicts: the whole chain in minutes
 #   make test    the tests            make test-all   with the slow ones
 #   make check   lint, types, format  make format     apply the format
-#   make bench   demo and benchmarks, their JSON and the README's tables
+#   make extension   the fused loss; the targets that train or test make it first
+#   make bench   demo and benchmarks, their JSON and the README's tables; fails if a check of the loss is not met
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+EXTENSION := $(VENV)/.extension
 # Versions that the tests passed with; CONSTRAINTS= installs the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 EXTRAS := train,export,cpu,dev
@@ -15,16 +17,21 @@ ifeq ($(shell uname -sm),Linux x86_64)
 EXTRAS := $(EXTRAS),rtx
 endif
 
-.PHONY: demo test test-all check format bench install clean
+.PHONY: demo test test-all check format bench install extension clean
 
-install: $(INSTALLED)
+install: $(INSTALLED) $(EXTENSION)
+extension: $(EXTENSION)
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[$(EXTRAS)]"
 	touch $@
 
-demo: $(INSTALLED)
+# Status 2 means that there is no C++ compiler: the build has said so, and training takes the reference loss.
+$(EXTENSION): $(INSTALLED) cpp_ext/build.py $(wildcard cpp_ext/csrc/*)
+	$(BIN)/python -m cpp_ext.build && touch $@ || [ $$? -eq 2 ]
+
+demo: $(INSTALLED) $(EXTENSION)
 	$(BIN)/python -m train.run --preset demo --out runs/demo --overwrite
 	$(BIN)/python -m train.evaluate --run runs/demo --data data/demo
 	$(BIN)/python -m export.trt --run runs/demo --model models/demo --fp32 --fp16 --int8
@@ -33,10 +40,10 @@ demo: $(INSTALLED)
 	$(BIN)/python -m export.summary --run runs/demo --model models/demo
 
 # Two processes of one thread each finish sooner than one of two.
-test: $(INSTALLED)
+test: $(INSTALLED) $(EXTENSION)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-all: $(INSTALLED)
+test-all: $(INSTALLED) $(EXTENSION)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)
@@ -52,9 +59,12 @@ format: $(INSTALLED)
 
 bench: demo
 	mkdir -p build
-	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmarks.json
+	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/bench_loss.py --benchmark-json=build/benchmarks.json
 	$(BIN)/python -m benchmarks.tables build/benchmarks.json
 	$(BIN)/python -m benchmarks.demo_table
+	$(BIN)/python -m benchmarks.roofline
+	$(BIN)/python -m benchmarks.bench_loss
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(EXTENSION) cpp_ext/soft_contrastive.so cpp_ext/soft_contrastive.json cpp_ext/soft_contrastive.ptxas.log

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,11 @@ from torch import Tensor
 Form = Literal["log_sum", "log_mean", "literal"]
 Denominator = Literal["all", "negatives"]
 Reduction = Literal["mean", "sum", "none"]
+_ALLOWED = {
+    "form": ("log_sum", "log_mean", "literal"),
+    "denominator": ("all", "negatives"),
+    "reduction": ("mean", "sum", "none"),
+}
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,6 +30,7 @@ def soft_contrastive_loss(
     form: Form = "log_sum",
     denominator: Denominator = "all",
     reduction: Reduction = "mean",
+    trace_gradient: bool = False,
 ) -> Tensor:
     """Soft contrastive loss, Eq. (5) of Liang et al. 2024 (arXiv:2403.16513).
 
@@ -41,12 +48,12 @@ def soft_contrastive_loss(
             first. Half precision is computed in float32.
         labels: (N,) int64, 0 real, 1 fake.
         traces: h, (J, C), the homogeneous features of the real images; J need not be the number of real rows.
-            They are detached: no gradient flows to them.
         temperature: tau, above 0.
         eta: weight of the traces, any finite number.
         form: which reading of Eq. (5).
         denominator: "all" for K(i) = all other rows, "negatives" for the rows of the other label.
         reduction: "mean" over all N rows, "sum", or "none" for one loss per row.
+        trace_gradient: let the gradient flow to the traces; the paper detaches them.
 
     Returns:
         Scalar, or (N,) with reduction "none"; float32, or float64 for float64 embeddings. The mean of no rows is 0.
@@ -57,16 +64,21 @@ def soft_contrastive_loss(
     Note:
         Allocates a few N x N and N x J arrays: memory grows with the square of N.
     """
-    check_soft_contrastive_inputs(embeddings, labels, traces, temperature, form, denominator, reduction)
+    check_soft_contrastive_inputs(embeddings, labels, traces, temperature, eta, form, denominator, reduction)
+    check_label_values(labels)
     wide = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     with torch.autocast(embeddings.device.type, enabled=False):
         z = embeddings.to(wide)
-        h = traces.detach().to(wide)
+        h = (traces if trace_gradient else traces.detach()).to(wide)
         per_row = _loss_per_row(z, labels, h, temperature, eta, form, denominator)
+    return reduce_rows(per_row, reduction)
+
+
+def reduce_rows(per_row: Tensor, reduction: Reduction) -> Tensor:
+    """Mean or sum of the losses (N,), or the losses as they are; the mean of no rows is 0."""
     if reduction == "none":
         return per_row
-    total = per_row.sum()
-    return total if reduction == "sum" else total / max(len(per_row), 1)
+    return per_row.mean() if reduction == "mean" and len(per_row) else per_row.sum()
 
 
 def _loss_per_row(
@@ -104,11 +116,12 @@ def check_soft_contrastive_inputs(
     labels: Tensor,
     traces: Tensor,
     temperature: float,
+    eta: float,
     form: str,
     denominator: str,
     reduction: str,
 ) -> None:
-    """Refuse inputs on which the loss is not defined.
+    """Refuse inputs on which the loss is not defined; reads shapes and types, never the tensors' values.
 
     Raises:
         ValueError: saying what was given, what was wanted and what to do.
@@ -121,22 +134,37 @@ def check_soft_contrastive_inputs(
         raise ValueError(
             f"labels must be int64 ({len(embeddings)},), one for each row, got {_of(labels)}: use labels.long()"
         )
-    if bool(((labels != 0) & (labels != 1)).any()):
-        raise ValueError(f"labels must be 0 (real) or 1 (fake), got {sorted(set(labels.tolist()))[:5]}: map them first")
     if traces.ndim != 2 or traces.shape[1] != embeddings.shape[1] or traces.dtype not in FLOAT_TYPES:
         raise ValueError(
             f"traces must be floating point (J, {embeddings.shape[1]}), got {_of(traces)}: "
             "project them with the same width as the embeddings"
         )
+    if labels.device != embeddings.device or traces.device != embeddings.device:
+        raise ValueError(
+            "embeddings, labels and traces must be on one device, got "
+            f"{embeddings.device}, {labels.device} and {traces.device}: move them with .to(embeddings.device)"
+        )
+    for name, number in (("temperature", temperature), ("eta", eta)):
+        if isinstance(number, Tensor):
+            raise ValueError(f"{name} must be a number, got a tensor, which would get no gradient: pass {name}.item()")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}: the usual value is 0.07")
-    for name, value, allowed in (
-        ("form", form, get_args(Form)),
-        ("denominator", denominator, get_args(Denominator)),
-        ("reduction", reduction, get_args(Reduction)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}: choose one of them")
+    if not (temperature < math.inf and -math.inf < eta < math.inf):
+        raise ValueError(f"temperature and eta must be finite, got {temperature} and {eta}: pass ordinary numbers")
+    for name, value in (("form", form), ("denominator", denominator), ("reduction", reduction)):
+        if value not in _ALLOWED[name]:
+            raise ValueError(f"{name} must be one of {', '.join(_ALLOWED[name])}, got {value!r}: choose one of them")
+
+
+def check_label_values(labels: Tensor) -> None:
+    """Refuse labels other than 0 and 1; waits for a GPU.
+
+    Raises:
+        ValueError: naming the first other label.
+    """
+    wrong = (labels != 0) & (labels != 1)
+    if bool(wrong.any()):
+        raise ValueError(f"labels must be 0 (real) or 1 (fake), got [{labels[wrong][0].item()}]: map them first")
 
 
 def _of(tensor: Tensor) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpp_ext import soft_contrastive_loss
+from cpp_ext.reference import soft_contrastive_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "soft_contrastive.json").read_text())["cases"]
 FORMS = ("log_sum", "log_mean", "literal")
@@ -200,23 +200,46 @@ def test_no_gradient_reaches_the_traces():
     assert h.grad is None
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"embeddings": torch.zeros(4)}, r"embeddings must be floating point \(N, C\), got float32 \(4,\)"),
-        ({"embeddings": torch.zeros(4, 3, dtype=torch.int64)}, "embeddings must be floating point"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must be int64 \(4,\).*got int64 \(3,\)"),
-        ({"labels": torch.zeros(4)}, "labels must be int64"),
-        ({"labels": torch.full((4,), 2)}, r"labels must be 0 \(real\) or 1 \(fake\), got \[2\]"),
-        ({"traces": torch.zeros(2, 5)}, r"traces must be floating point \(J, 3\), got float32 \(2, 5\)"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"temperature": float("nan")}, "temperature must be above 0, got nan"),
-        ({"form": "sum"}, "form must be one of log_sum, log_mean, literal, got 'sum'"),
-        ({"denominator": "none"}, "denominator must be one of all, negatives"),
-        ({"reduction": "max"}, "reduction must be one of mean, sum, none"),
-    ],
-)
-def test_senseless_input_is_refused(change, message):
+@pytest.mark.parametrize(("form", "denominator"), list(itertools.product(FORMS, DENOMINATORS)))
+def test_gradient_of_rows_and_traces_passes_gradcheck_when_both_are_asked_for(form, denominator):
+    z, h = rows(7, c=5).requires_grad_(), rows(3, c=5, seed=1).requires_grad_()
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 0])
+    options = {"temperature": 0.5, "eta": 0.5, "form": form, "denominator": denominator}
+    assert torch.autograd.gradcheck(
+        lambda x, y: soft_contrastive_loss(x, labels, y, **options, reduction="none", trace_gradient=True), (z, h)
+    )
+
+
+def test_gradient_of_the_traces_moves_the_loss_as_it_says():
+    z, labels, h = rows(8), labels_of(8), rows(4, seed=1).requires_grad_()
+    loss = soft_contrastive_loss(z, labels, h, temperature=0.1, eta=0.5, trace_gradient=True)
+    (gradient,) = torch.autograd.grad(loss, h)
+    step = 1e-6 * gradient / gradient.norm()
+    moved = soft_contrastive_loss(z, labels, (h + step).detach(), temperature=0.1, eta=0.5)
+    assert (moved - loss).item() == pytest.approx(1e-6 * gradient.norm().item(), rel=1e-4)
+
+
+REFUSED = [
+    ({"embeddings": torch.zeros(4)}, r"embeddings must be floating point \(N, C\), got float32 \(4,\)"),
+    ({"embeddings": torch.zeros(4, 3, dtype=torch.int64)}, "embeddings must be floating point"),
+    ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must be int64 \(4,\).*got int64 \(3,\)"),
+    ({"labels": torch.full((4,), 2)}, r"labels must be 0 \(real\) or 1 \(fake\), got \[2\]: map them first"),
+    ({"labels": torch.tensor([0, -1, 1, 0])}, r"labels must be 0 \(real\) or 1 \(fake\), got \[-1\]"),
+    ({"traces": torch.zeros(2, 5)}, r"traces must be floating point \(J, 3\), got float32 \(2, 5\)"),
+    ({"traces": torch.zeros(2, 3, device="meta")}, "must be on one device, got cpu, cpu and meta"),
+    ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+    ({"temperature": float("nan")}, "temperature must be above 0, got nan"),
+    ({"temperature": float("inf")}, "temperature and eta must be finite, got inf and 0.5"),
+    ({"temperature": torch.tensor(0.1)}, "temperature must be a number, got a tensor"),
+    ({"eta": float("nan")}, "temperature and eta must be finite, got 0.1 and nan"),
+    ({"form": "sum"}, "form must be one of log_sum, log_mean, literal, got 'sum'"),
+    ({"denominator": "none"}, "denominator must be one of all, negatives"),
+    ({"reduction": "max"}, "reduction must be one of mean, sum, none"),
+]
+
+
+def senseless(change):
+    """Tensors and options of a call that is fine but for `change`."""
     given = {
         "embeddings": torch.zeros(4, 3),
         "labels": torch.zeros(4, dtype=torch.int64),
@@ -224,6 +247,11 @@ def test_senseless_input_is_refused(change, message):
         "temperature": 0.1,
         "eta": 0.5,
     } | change
-    positional = [given.pop(name) for name in ("embeddings", "labels", "traces")]
+    return [given.pop(name) for name in ("embeddings", "labels", "traces")], given
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_senseless_input_is_refused(change, message):
+    tensors, options = senseless(change)
     with pytest.raises(ValueError, match=message):
-        soft_contrastive_loss(*positional, **given)
+        soft_contrastive_loss(*tensors, **options)

@@ -36,7 +36,7 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "build"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     target = tmp_path_factory.mktemp("wheel")
     _run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", target, source, cwd=target)
     (built,) = target.glob("ntf_toolkit-*.whl")
@@ -56,11 +56,13 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
         str(path.relative_to(ROOT))
         for name in PACKAGES
         for path in (ROOT / name).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix == ".py" or path.name == "py.typed" or path.parent.name == "csrc"
     }
+    assert "cpp_ext/csrc/soft_contrastive.cpp" in expected
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert expected - names == set()
+    assert not {name for name in names if name.endswith((".so", ".json", ".log")) and name.startswith("cpp_ext/")}
     assert {name.split("/")[0].split("-")[0] for name in names} == {*PACKAGES, "ntf_toolkit"}
 
 

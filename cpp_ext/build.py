@@ -1,0 +1,459 @@
+"""Compiles the fused loss into the library beside this file: `python -m cpp_ext.build`.
+
+A C++ compiler is all it needs. The CUDA part is built as well where torch is a CUDA build and there is an nvcc of the
+same major version; otherwise the build says in a sentence why there is none. The sources use torch's stable ABI, so a
+library that was built with one torch loads in every later one.
+
+Environment: CXX, CUDACXX or NVCC, CUDA_HOME, and NTF_CUDA_ARCHS (compute capabilities, "75 80 90").
+Exit status: 0 built or up to date, 1 failed, 2 no C++ compiler (nothing is wrong with the sources).
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpp_ext.library import (
+    BUILD_COMMAND,
+    FOLDER,
+    LIBRARY_FILE,
+    RECORD_FILE,
+    BuildError,
+    BuildRecord,
+    file_sha256,
+    library_problem,
+    read_record,
+    source_hashes,
+)
+
+# Turing to Blackwell: every GPU that CUDA 13 still compiles for, one target a generation; later ones run the PTX.
+DEFAULT_CUDA_ARCHS = "75 80 86 89 90 100 120"
+PTXAS_LOG_FILE = "soft_contrastive.ptxas.log"
+# 2.10 is the first torch whose stable ABI has parallel_for and tensor allocation with a device.
+MINIMUM_TORCH = (2, 10)
+OPTIMISE = ("-O3", "-DNDEBUG")
+CXX_FLAGS = (
+    *OPTIMISE,
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    f"-DTORCH_TARGET_VERSION=0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}000000000000ULL",
+)
+# Lanes may be added in any order and exp sets no errno; NaN and infinity keep their meaning.
+TILE_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+NVCC_FLAGS = (*OPTIMISE, "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
+LINK_FLAGS = ("-shared", "-Wl,--no-undefined", "-Wl,--as-needed")
+X86_INSTRUCTION_SETS = {
+    "sse2": (),
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma"),
+}
+
+
+class NoCompilerError(BuildError):
+    """There is no C++ compiler."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The torch to build for: version, CUDA version or None, folder."""
+
+    version: str
+    cuda: str | None
+    folder: Path
+
+
+@dataclass(frozen=True)
+class CudaToolkit:
+    """nvcc, where its headers and the runtime library are, and the targets to compile for."""
+
+    nvcc: str
+    version: str
+    include: Path
+    runtime: Path
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """Everything that decides what is built; `cuda` is None for the reason that `cpu_only_reason` gives."""
+
+    cxx: tuple[str, ...]
+    cxx_version: str
+    torch: Torch
+    instruction_sets: dict[str, tuple[str, ...]]
+    cuda: CudaToolkit | None
+    cpu_only_reason: str
+
+    def compilers(self) -> dict[str, str]:
+        """Version of each compiler that will run."""
+        return {"c++": self.cxx_version} | ({"nvcc": self.cuda.version} if self.cuda else {})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One compiler run: the source it is about, the command, and the file that it makes."""
+
+    source: str
+    command: tuple[str, ...]
+    output: Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=BUILD_COMMAND, description="Compile the fused soft contrastive loss.")
+    parser.add_argument("--cpu-only", action="store_true", help="leave the CUDA part out")
+    parser.add_argument("--cuda-archs", help=f'compute capabilities, default NTF_CUDA_ARCHS or "{DEFAULT_CUDA_ARCHS}"')
+    parser.add_argument("--verbose", action="store_true", help="print every command and what the compilers say")
+    parser.add_argument("--check", action="store_true", help="build nothing; exit 0 if the library may be loaded")
+    options = parser.parse_args(arguments)
+    if options.check:
+        problem, record = library_problem(), read_record()
+        print(f"{BUILD_COMMAND}: {problem}" if problem or record is None else f"up to date: {record.describe()}")
+        return 1 if problem else 0
+    try:
+        toolchain = find_toolchain(cpu_only=options.cpu_only, cuda_archs=options.cuda_archs)
+        build(toolchain, verbose=options.verbose)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, NoCompilerError) else 1
+    return 0
+
+
+def build(toolchain: Toolchain, folder: Path = FOLDER, *, verbose: bool = False) -> BuildRecord:
+    """Library in `folder`, compiled unless the one that is there was made from the same by the same.
+
+    Args:
+        toolchain: from `find_toolchain`.
+        folder: the package's, with csrc in it.
+        verbose: print every command, and what the compilers say.
+
+    Raises:
+        BuildError: a compiler failed, or the folder cannot be written to; an earlier library stays as it was.
+    """
+    with _one_build_at_a_time(folder):
+        sources = source_hashes(folder)
+        if (old := read_record(folder)) and _is_current(old, toolchain, folder):
+            print(f"{folder / LIBRARY_FILE} is up to date: {old.describe()}", flush=True)
+            return old
+        if toolchain.cpu_only_reason:
+            print(f"building without the CUDA part: {toolchain.cpu_only_reason}", flush=True)
+        began = time.perf_counter()
+        # In the package's folder, so that the rename at the end stays on one file system.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
+            library, ptxas_log = _compile(toolchain, folder, Path(scratch), verbose)
+            record = BuildRecord(
+                sources_sha256=sources,
+                library_sha256=file_sha256(library),
+                torch=toolchain.torch.version,
+                torch_cuda=toolchain.torch.cuda,
+                compilers=toolchain.compilers(),
+                instruction_sets=tuple(toolchain.instruction_sets),
+                cuda_targets=toolchain.cuda.targets if toolchain.cuda else (),
+                cpu_only_reason=toolchain.cpu_only_reason,
+            )
+            (Path(scratch) / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+            # Between the two renames the old record does not fit the new library, which a reader refuses as damaged.
+            library.replace(folder / LIBRARY_FILE)
+            (Path(scratch) / RECORD_FILE).replace(folder / RECORD_FILE)
+        if ptxas_log:
+            (folder / PTXAS_LOG_FILE).write_text(ptxas_log, encoding="utf-8")
+            _print_resources(ptxas_log)
+        print(f"built {folder / LIBRARY_FILE} in {time.perf_counter() - began:.0f} s: {record.describe()}", flush=True)
+        return record
+
+
+def find_toolchain(*, cpu_only: bool = False, cuda_archs: str | None = None) -> Toolchain:
+    """Compilers, torch and targets of this machine.
+
+    Args:
+        cpu_only: leave the CUDA part out.
+        cuda_archs: compute capabilities, "75 80 90"; None takes NTF_CUDA_ARCHS, then the default.
+
+    Raises:
+        NoCompilerError: no C++ compiler.
+        BuildError: torch is missing or too old, the operating system is not Linux, or a target makes no sense.
+    """
+    if sys.platform != "linux":
+        raise NoCompilerError(
+            "the fused loss", got=f"the system {sys.platform}", wanted="Linux", remedy="train with the reference loss"
+        )
+    chosen = cuda_archs if cuda_archs is not None else os.environ.get("NTF_CUDA_ARCHS")
+    targets = parse_targets(DEFAULT_CUDA_ARCHS if chosen is None else chosen)
+    cxx = find_cxx()
+    torch = _find_torch()
+    cuda, reason = (None, "--cpu-only") if cpu_only else _find_cuda(torch, targets, by_name=chosen is not None)
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return Toolchain(
+        cxx=cxx,
+        cxx_version=_first_line([*cxx, "--version"]),
+        torch=torch,
+        instruction_sets=dict(X86_INSTRUCTION_SETS) if x86 else {"generic": ()},
+        cuda=cuda,
+        cpu_only_reason=reason,
+    )
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Compute capabilities in ascending order from "75 80 90" or "75;80,90".
+
+    Raises:
+        BuildError: something that is not two or three digits.
+    """
+    words = re.split(r"[\s,;]+", text.strip())
+    for word in words:
+        if not re.fullmatch(r"\d{2,3}", word):
+            raise BuildError(
+                "NTF_CUDA_ARCHS",
+                got=repr(word),
+                wanted=f'compute capabilities without a dot, for example "{DEFAULT_CUDA_ARCHS}"',
+                remedy="correct it, or unset it for the default",
+            )
+    return tuple(sorted(set(words), key=int))
+
+
+def find_cxx() -> tuple[str, ...]:
+    """The C++ compiler as the beginning of a command: CXX, or the first of c++, g++ and clang++.
+
+    Raises:
+        NoCompilerError: there is none.
+    """
+    named = shlex.split(os.environ.get("CXX", ""))
+    for candidate in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(candidate[0]):
+            return tuple(candidate)
+    raise NoCompilerError(
+        "CXX" if named else "the C++ compiler",
+        got=f"{named[0]}, which is not on the path" if named else "none of c++, g++ and clang++",
+        wanted="a compiler for C++20",
+        remedy="install g++ (Debian: apt install g++) or set CXX; until then training takes the reference loss",
+    )
+
+
+def _find_torch() -> Torch:
+    try:
+        import torch
+    except ImportError as error:
+        raise BuildError(
+            "torch", got=str(error), wanted="an installed torch", remedy='pip install "ntf-toolkit[train]"'
+        ) from error
+    version = str(torch.__version__)
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
+        raise BuildError(
+            "torch",
+            got=version,
+            wanted=f"{MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]} or newer, for its stable ABI",
+            remedy="pip install --upgrade torch",
+        )
+    return Torch(version, torch.version.cuda, Path(torch.__file__).resolve().parent)
+
+
+def _find_cuda(torch: Torch, targets: tuple[str, ...], *, by_name: bool) -> tuple[CudaToolkit | None, str]:
+    """The CUDA toolkit that fits torch, or None and why there is none."""
+    if torch.cuda is None:
+        return None, f"torch {torch.version} is a CPU build"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return None, "no nvcc in CUDACXX, NVCC, CUDA_HOME, PATH or /usr/local/cuda"
+    version = next((line for line in _output([nvcc, "--version"]).splitlines() if "release" in line), "")
+    release = re.search(r"release (\d+)\.", version)
+    if release is None:
+        return None, f"{nvcc} does not say its release"
+    major = torch.cuda.partition(".")[0]
+    if release[1] != major:
+        return None, f"nvcc is of CUDA {release[1]} and torch {torch.version} of CUDA {torch.cuda}"
+    home = Path(nvcc).resolve().parents[1]
+    homes = [home, Path(os.environ.get("CUDA_HOME") or home), Path("/usr/local/cuda")]
+    homes += sorted((torch.folder.parent / "nvidia").glob("*"))  # where torch's wheels keep CUDA
+    include = next((h / "include" for h in homes if (h / "include" / "cuda_runtime_api.h").is_file()), None)
+    name = f"libcudart.so.{major}"
+    # torch's own copy first: it is the one that is loaded.
+    runtimes = [h / folder / name for h in reversed(homes) for folder in ("lib", "lib64")]
+    runtime = next((path for path in runtimes if path.is_file()), None)
+    if include is None or runtime is None:
+        return None, f"{'cuda_runtime_api.h' if include is None else name} is neither beside nvcc nor in torch's wheels"
+    return CudaToolkit(nvcc, version, include, runtime, _known_targets(nvcc, targets, by_name=by_name)), ""
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc: CUDACXX, NVCC, CUDA_HOME, PATH, /usr/local/cuda; None where there is none.
+
+    Raises:
+        BuildError: CUDACXX or NVCC names something that is not there.
+    """
+    for variable in ("CUDACXX", "NVCC"):
+        if named := os.environ.get(variable):
+            if found := shutil.which(named):
+                return found
+            raise BuildError(
+                variable, got=f"{named}, which is not there", wanted="the path of nvcc", remedy="correct or unset it"
+            )
+    home = os.environ.get("CUDA_HOME")
+    return (
+        (home and shutil.which(f"{home}/bin/nvcc")) or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    )
+
+
+def _known_targets(nvcc: str, targets: tuple[str, ...], *, by_name: bool) -> tuple[str, ...]:
+    """The targets that this nvcc compiles for; those named by a person must all be among them."""
+    known = re.findall(r"compute_(\d+)", _output([nvcc, "--list-gpu-arch"]))
+    unknown = [target for target in targets if target not in known]
+    if unknown and (by_name or len(unknown) == len(targets)):
+        raise BuildError(
+            "NTF_CUDA_ARCHS",
+            got=f"{unknown[0]}, which {nvcc} does not know",
+            wanted=f"some of {' '.join(sorted(set(known), key=int))}",
+            remedy="leave it out, or install a CUDA toolkit that knows it",
+        )
+    return tuple(target for target in targets if target in known)
+
+
+def _is_current(record: BuildRecord, toolchain: Toolchain, folder: Path) -> bool:
+    """Whether the library may be loaded and would come out the same again."""
+    return (
+        library_problem(folder) is None
+        and record.compilers == toolchain.compilers()
+        and record.torch_cuda == toolchain.torch.cuda
+        and record.instruction_sets == tuple(toolchain.instruction_sets)
+        and record.cuda_targets == (toolchain.cuda.targets if toolchain.cuda else ())
+    )
+
+
+def _compile(toolchain: Toolchain, folder: Path, scratch: Path, verbose: bool) -> tuple[Path, str]:
+    """Path of the linked library in `scratch`, and what ptxas said."""
+    steps = compile_steps(toolchain, folder / "csrc", scratch)
+    print(f"compiling {len(steps)} objects with {toolchain.cxx_version}", flush=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # The last ones take longest: the CUDA part, then the widest instruction set.
+        running = {step: pool.submit(_run, step, verbose) for step in reversed(steps)}
+        try:
+            said = {step: future.result() for step, future in running.items()}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    library = scratch / LIBRARY_FILE
+    libraries = [f"-L{toolchain.torch.folder / 'lib'}", "-ltorch_cpu"]
+    if toolchain.cuda:
+        libraries += ["-ltorch_cuda", str(toolchain.cuda.runtime)]
+    objects = [str(step.output) for step in steps]
+    link = (*toolchain.cxx, *LINK_FLAGS, "-o", str(library), *objects, *libraries)
+    _run(Step(LIBRARY_FILE, link, library), verbose)
+    return library, "".join(text for step, text in said.items() if step.source.endswith(".cu"))
+
+
+def compile_steps(toolchain: Toolchain, csrc: Path, scratch: Path) -> list[Step]:
+    """The compiler runs that make the objects, in the order in which they are linked.
+
+    Code for any processor comes first: where an inline function was compiled several times over, the linker keeps the
+    first, and that one must run everywhere.
+    """
+    # Not with -I: warnings in torch's headers are not ours.
+    cxx = (*toolchain.cxx, *CXX_FLAGS, "-isystem", str(toolchain.torch.folder / "include"))
+    plain, tiles, cuda = [], [], []
+
+    def step(command: tuple[str, ...], source: Path, variant: str = "") -> Step:
+        output = scratch / f"{source.name}{variant}.o"
+        return Step(source.name, (*command, "-c", str(source), "-o", str(output)), output)
+
+    for source in sorted([*csrc.glob("*.cpp"), *csrc.glob("*.cu")]):
+        if source.stem.endswith("_tiles") and source.suffix == ".cpp":
+            for name, flags in toolchain.instruction_sets.items():
+                tiles.append(step((*cxx, *TILE_FLAGS, f"-DNTF_ISA={name}", *flags), source, f".{name}"))
+        elif source.stem.endswith("_cuda") or source.suffix == ".cu":
+            if toolchain.cuda:
+                cuda.append(step(_cuda_command(toolchain, toolchain.cuda, cxx, source), source))
+        else:
+            plain.append(step(cxx, source))
+    return [*plain, *tiles, *cuda]
+
+
+def _cuda_command(toolchain: Toolchain, cuda: CudaToolkit, cxx: tuple[str, ...], source: Path) -> tuple[str, ...]:
+    if source.suffix != ".cu":
+        return (*cxx, "-DUSE_CUDA", "-isystem", str(cuda.include))
+    host = ("-ccbin", *toolchain.cxx) if len(toolchain.cxx) == 1 else ()
+    return (cuda.nvcc, *NVCC_FLAGS, *_gencode(cuda.targets), "--threads", "0", *host)
+
+
+def _gencode(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Machine code for each target, and PTX of the newest for the GPUs after it."""
+    newest = targets[-1]
+    pairs = [f"arch=compute_{target},code=sm_{target}" for target in targets]
+    pairs.append(f"arch=compute_{newest},code=compute_{newest}")
+    return tuple(f"-gencode={pair}" for pair in pairs)
+
+
+def _run(step: Step, verbose: bool) -> str:
+    """What the compiler said on its way to success."""
+    if verbose:
+        print(shlex.join(step.command), flush=True)
+    done = subprocess.run(step.command, capture_output=True, text=True, errors="replace", check=False)
+    said = done.stdout + done.stderr
+    if done.returncode != 0:
+        print(said.rstrip(), file=sys.stderr, flush=True)
+        raise BuildError(
+            step.source,
+            got=f"exit status {done.returncode} from {step.command[0]}, whose message stands above",
+            wanted="a compiled file",
+            remedy="correct what the message names; --verbose prints the command, --cpu-only leaves CUDA out, and CXX "
+            "or CUDACXX choose another compiler",
+        )
+    if verbose and said.strip():
+        print(said.rstrip(), flush=True)
+    return said
+
+
+@contextmanager
+def _one_build_at_a_time(folder: Path) -> Iterator[None]:
+    """Holds a lock on the sources' folder, so that a second build waits and then finds the first one's library."""
+    if not os.access(folder, os.W_OK):
+        raise BuildError(
+            str(folder), got="a folder that cannot be written to", wanted="the right to write the library there",
+            remedy="build as the user who installed the package, or from a checkout",
+        )  # fmt: skip
+    handle = os.open(folder / "csrc", os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _print_resources(ptxas_log: str) -> None:
+    from cpp_ext.ptxas import resource_table
+
+    try:
+        print(resource_table(ptxas_log), flush=True)
+    except BuildError as error:
+        print(f"no table of the kernels' resources: {error}", flush=True)
+
+
+def _first_line(command: list[str]) -> str:
+    return next((line.strip() for line in _output(command).splitlines() if line.strip()), "unknown")
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not start: {error}"
+    return done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())
