@@ -13,6 +13,7 @@ from typing import Any
 from runtime.backends import BACKENDS, Probe, probe_backend
 from runtime.backends.base import installed_version
 from runtime.backends.cuda_driver import CudaDriver, cuda_driver
+from runtime.fused_loss import FusedLoss, probe_fused_loss
 
 _PACKAGES = (
     "ntf-toolkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx",
@@ -45,6 +46,7 @@ class DoctorReport:
         cuda: the NVIDIA driver.
         tools: first line that each compiler prints about itself; None where it is not on the path.
         engine_builders: TensorRT flavours for the export.
+        fused_loss: the training extension.
         warnings: what is wrong.
         advice: what to install for what is missing.
     """
@@ -57,6 +59,7 @@ class DoctorReport:
     cuda: CudaDriver
     tools: dict[str, str | None]
     engine_builders: tuple[EngineBuilder, ...]
+    fused_loss: FusedLoss
     warnings: tuple[str, ...]
     advice: tuple[str, ...]
 
@@ -79,6 +82,7 @@ def examine() -> DoctorReport:
     probes = tuple(probe_backend(name) for name in BACKENDS)
     builders = tuple(EngineBuilder(flavour, package, packages[package]) for flavour, package, _ in _ENGINE_BUILDERS)
     cuda = cuda_driver()
+    fused_loss = probe_fused_loss()
     return DoctorReport(
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
@@ -88,8 +92,9 @@ def examine() -> DoctorReport:
         cuda=cuda,
         tools={tool: _tool_version(tool) for tool in _TOOLS},
         engine_builders=builders,
-        warnings=tuple(_warnings(packages, probes)),
-        advice=tuple(_advice(probes, builders, cuda)),
+        fused_loss=fused_loss,
+        warnings=tuple(_warnings(packages, probes, fused_loss)),
+        advice=tuple(_advice(packages, probes, builders, cuda, fused_loss)),
     )
 
 
@@ -106,13 +111,14 @@ def report_text(report: DoctorReport) -> str:
     lines += [f"  {b.flavour:<4} {b.package:<14} {b.version or 'not installed'}" for b in report.engine_builders]
     lines.append("compilers (for the training extension)")
     lines += [f"  {tool:<16} {version or 'not found'}" for tool, version in report.tools.items()]
+    lines.append(f"fused loss (the training extension)\n  {report.fused_loss.describe()}")
     lines += [f"WARNING  {warning}" for warning in report.warnings]
     lines += [f"advice   {advice}" for advice in report.advice]
     lines.append("ready: pictures can be scored here" if report.runs() else "NOT READY: no back-end runs here")
     return "\n".join(lines)
 
 
-def _warnings(packages: dict[str, str | None], probes: tuple[Probe, ...]) -> list[str]:
+def _warnings(packages: dict[str, str | None], probes: tuple[Probe, ...], fused_loss: FusedLoss) -> list[str]:
     found = []
     if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
         found.append(
@@ -124,10 +130,18 @@ def _warnings(packages: dict[str, str | None], probes: tuple[Probe, ...]) -> lis
         for probe in probes
         if probe.version is not None and not probe.runs
     ]
+    if fused_loss.state in ("stale", "damaged"):
+        found.append(f"the fused loss is {fused_loss.state}, and training does not use it: {fused_loss.detail}")
     return found
 
 
-def _advice(probes: tuple[Probe, ...], builders: tuple[EngineBuilder, ...], cuda: CudaDriver) -> list[str]:
+def _advice(
+    packages: dict[str, str | None],
+    probes: tuple[Probe, ...],
+    builders: tuple[EngineBuilder, ...],
+    cuda: CudaDriver,
+    fused_loss: FusedLoss,
+) -> list[str]:
     advice: list[str] = []
     missing = {probe.name for probe in probes if not probe.runs}
     advice += [
@@ -142,6 +156,10 @@ def _advice(probes: tuple[Probe, ...], builders: tuple[EngineBuilder, ...], cuda
     if not any(builder.version for builder in builders):
         extras = " or ".join(f'"ntf-toolkit[{extra}]"' for _, _, extra in _ENGINE_BUILDERS)
         advice.append(f"to build engines with `python -m export.trt`: pip install {extras}")
+    if packages["torch"] and fused_loss.state == "missing":
+        advice.append("for a contrastive loss whose memory is linear in the batch: python -m cpp_ext.build")
+    if packages["torch"] and fused_loss.state == "built" and cuda.devices and not fused_loss.cuda_targets:
+        advice.append(f"for the fused loss on this GPU ({fused_loss.detail}): python -m cpp_ext.build")
     return advice
 
 

@@ -24,6 +24,7 @@ from runtime.preprocess import PreprocessSpec
 from train.checkpoint import STAGE2_FILE, save_calibration, save_weights
 from train.data import load_split
 from train.encoder import Encoder
+from train.loss_backend import LossBackend
 from train.metrics import fit_calibration
 from train.model import NTFDetector
 from train.run import load_training_data, write_config
@@ -120,7 +121,7 @@ def finished_run() -> Path:
     run = scratch() / "tiny"
     run.mkdir()
     made = detector("test_resnet")
-    write_config(run, config, load_training_data(config))
+    write_config(run, config, load_training_data(config), LossBackend("reference", "no loss was computed"))
     save_weights(run / STAGE2_FILE, made)
     records = load_split(pictures(), "val").records
     logits = score_pictures(made, records, progress=False).logits

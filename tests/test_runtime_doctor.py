@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+from importlib.machinery import ModuleSpec
 
 import pytest
 
+import cpp_ext.library
+from cpp_ext.library import LIBRARY_FILE, RECORD_FILE, BuildRecord, library_problem, source_hashes
 from runtime.backends import BACKENDS, Probe
 from runtime.cli import main
 from runtime.doctor import examine, report_text
+from runtime.fused_loss import probe_fused_loss
 
 
 def _probe(*running):
@@ -39,6 +43,7 @@ def test_json_report_has_the_fields_of_the_report(capsys):
     assert main(["doctor", "--json"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert {"python", "packages", "backends", "cuda", "tools", "engine_builders", "warnings", "advice"} <= set(plain)
+    assert {"state", "instruction_sets", "cuda_targets", "detail"} == set(plain["fused_loss"])
     assert plain["backends"][1]["name"] == "onnxruntime"
 
 
@@ -100,3 +105,75 @@ def test_compiler_that_does_not_start_is_reported(monkeypatch, tmp_path):
     tools = examine().tools
     assert tools["nvcc"].startswith("does not start")
     assert tools["g++"] is None
+
+
+@pytest.fixture
+def extension(tmp_path, monkeypatch):
+    """A package cpp_ext with a library that was just built."""
+    (tmp_path / "csrc").mkdir()
+    for name in ("__init__.py", "build.py", "csrc/loss.cpp", "csrc/loss.h"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / LIBRARY_FILE).write_bytes(b"library")
+    record = BuildRecord(
+        sources_sha256=source_hashes(tmp_path),
+        library_sha256=cpp_ext.library.file_sha256(tmp_path / LIBRARY_FILE),
+        torch="2.14.1",
+        torch_cuda="13.0",
+        compilers={"c++": "12"},
+        instruction_sets=("sse2", "avx2"),
+        cuda_targets=("75", "90"),
+        cpu_only_reason="",
+    )
+    (tmp_path / RECORD_FILE).write_text(record.to_json())
+    spec = ModuleSpec("cpp_ext", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("runtime.fused_loss.find_spec", lambda name: spec)
+    return tmp_path
+
+
+def test_fused_loss_that_is_built_is_told_with_its_targets(extension):
+    assert probe_fused_loss().state == "built"
+    assert "built for sse2 avx2; CUDA 75 90" in report_text(examine())
+    assert not any("cpp_ext.build" in advice for advice in examine().advice)
+
+
+def test_fused_loss_without_cuda_says_why(extension, monkeypatch):
+    record = json.loads((extension / RECORD_FILE).read_text()) | {"cuda_targets": [], "cpu_only_reason": "no nvcc"}
+    (extension / RECORD_FILE).write_text(json.dumps(record))
+    assert probe_fused_loss().describe() == "built for sse2 avx2; no CUDA (no nvcc)"
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "detail"),
+    [
+        (lambda folder: None, "built", ""),
+        (lambda folder: (folder / "csrc" / "loss.h").write_text("other"), "stale", "csrc/loss.h has changed"),
+        (lambda folder: (folder / "csrc" / "loss.h").unlink(), "stale", "csrc/loss.h has changed"),
+        (lambda folder: (folder / "csrc" / "new.h").write_text("new"), "stale", "csrc/new.h has changed"),
+        (lambda folder: (folder / "build.py").write_text("other"), "stale", "build.py has changed"),
+        (lambda folder: (folder / LIBRARY_FILE).write_bytes(b"half"), "damaged", "not the file that was built"),
+        (lambda folder: (folder / LIBRARY_FILE).unlink(), "missing", "run python -m cpp_ext.build"),
+        (lambda folder: (folder / RECORD_FILE).unlink(), "missing", "run python -m cpp_ext.build"),
+        (lambda folder: (folder / RECORD_FILE).write_text("{"), "missing", "run python -m cpp_ext.build"),
+        (lambda folder: (folder / RECORD_FILE).write_text("{}"), "stale", "its record is of another version"),
+    ],
+)
+def test_state_of_the_fused_loss_is_the_one_that_training_goes_by(extension, change, state, detail):
+    change(extension)
+    found = probe_fused_loss()
+    assert (found.state, detail in found.detail) == (state, True)
+    assert (found.state == "built") == (library_problem(extension) is None)
+    warned = any(f"the fused loss is {state}" in warning for warning in examine().warnings)
+    assert warned == (state in ("stale", "damaged"))
+
+
+def test_fused_loss_is_advised_where_torch_is_there_and_it_is_not_built(extension, monkeypatch):
+    (extension / LIBRARY_FILE).unlink()
+    advice = "for a contrastive loss whose memory is linear in the batch: python -m cpp_ext.build"
+    assert advice in examine().advice
+    monkeypatch.setattr("runtime.doctor.installed_version", _versions())
+    assert advice not in examine().advice
+
+
+def test_package_that_is_not_installed_is_absent(monkeypatch):
+    monkeypatch.setattr("runtime.fused_loss.find_spec", lambda name: None)
+    assert probe_fused_loss().describe() == "absent: the package cpp_ext is not installed"

@@ -33,6 +33,12 @@ def test_json_round_trip_gives_the_same_configuration(preset, tmp_path):
     assert config_from_file(path) == config
 
 
+def test_configuration_from_before_a_field_existed_is_read_with_its_default():
+    values = dataclasses.asdict(preset_config("demo"))
+    del values["loss"]["loss_backend"]
+    assert config_from_dict(values, source="test") == preset_config("demo")
+
+
 def test_left_out_fields_are_the_paper_presets():
     config = config_from_dict({"stage1": {"epochs": 3}}, source="test")
     assert config.stage1.epochs == 3

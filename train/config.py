@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from cpp_ext.ops import Backend
 from cpp_ext.reference import Denominator, Form
 from runtime.errors import BundleError
 from runtime.strict_json import from_jsonable
@@ -62,6 +63,8 @@ class LossConfig:
     """Reading of Eq. (5)."""
     scl_denominator: Denominator = "all"
     """K(i) in Eq. (5): all other rows, or the rows of the other label."""
+    loss_backend: Backend = "auto"
+    """Implementation of Eq. (5): the compiled one, plain PyTorch, or the compiled one where it is built."""
 
 
 @dataclass(frozen=True)

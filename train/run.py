@@ -33,6 +33,7 @@ from train.config import DEMO_DATA, Preset, RunConfig, check_config, config_from
 from train.data import PictureSet, load_split
 from train.encoder import Encoder, load_encoder, load_exactly, read_state
 from train.errors import CheckpointError, ConfigError
+from train.loss_backend import STATE_KEY, LossBackend, choose_loss_backend, resumed_loss_backend
 from train.metrics import fit_calibration
 from train.model import NTFDetector, TraceModel, detector_from_traces
 from train.provenance import environment
@@ -72,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     try:
         options = parse_options(sys.argv[1:] if arguments is None else list(arguments))
+        if options.resume is None:
+            # Now, because --overwrite would remove a finished run for one that cannot start.
+            choose_loss_backend(options.run.loss.loss_backend, choose_device(options.run.device).type)
         run = options.resume or prepare_run_folder(options)
         train(options.run, run, resume=options.resume is not None)
     except NTFError as error:
@@ -149,22 +153,31 @@ def train(config: RunConfig, run: Path, *, resume: bool = False) -> NTFDetector:
     """
     check_config(config)
     device = choose_device(config.device)
-    data = load_training_data(config)
     saved = load_state(run) if resume else None
+    if saved is None:
+        backend = choose_loss_backend(config.loss.loss_backend, device.type)
+    else:
+        backend = resumed_loss_backend(saved, device.type, run)
+    data = load_training_data(config)
     if saved is not None:
         refuse_changed_data(saved, data, run)
         trim_history(run, stage=saved["stage"], epoch=saved["epoch"])
     else:
-        write_config(run, config, data)
-    print(f"training in {run} on {device}, seed {config.seed}", flush=True)
+        write_config(run, config, data, backend)
+    print(f"training in {run} on {device}, seed {config.seed}", backend.describe(), sep="\n", flush=True)
 
-    traces = train_traces(config, run, data, device, saved)
-    detector = train_detector(config, run, data, traces, device, saved)
+    traces = train_traces(config, run, data, device, saved, backend)
+    detector = train_detector(config, run, data, traces, device, saved, backend)
     return finish(config, run, data, detector)
 
 
 def train_traces(
-    config: RunConfig, run: Path, data: TrainingData, device: torch.device, saved: dict[str, Any] | None
+    config: RunConfig,
+    run: Path,
+    data: TrainingData,
+    device: torch.device,
+    saved: dict[str, Any] | None,
+    backend: LossBackend,
 ) -> TraceModel:
     """Stage 1, or what an earlier session made of it."""
     torch.manual_seed(config.seed)
@@ -177,7 +190,7 @@ def train_traces(
     model = TraceModel(encoder, config.model.embedding_dim).to(device)
     position = Position() if saved is None else position_of(saved)
     stage = TraceStage(model, data.train.records, config)
-    StageLoop(stage, run, config, position, saved, data.hashes).train()
+    StageLoop(stage, run, config, position, saved, fingerprint(data, backend)).train()
     save_weights(run / STAGE1_FILE, model)
     return model
 
@@ -189,6 +202,7 @@ def train_detector(
     traces: TraceModel,
     device: torch.device,
     saved: dict[str, Any] | None,
+    backend: LossBackend,
 ) -> NTFDetector:
     """Stage 2 on the frozen encoder."""
     torch.manual_seed(config.seed + 1)
@@ -196,8 +210,8 @@ def train_detector(
     detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input).to(device)
     mine = saved if saved is not None and saved["stage"] == 2 else None
     position = Position(stage=2) if mine is None else position_of(mine)
-    stage = DetectorStage(detector, data.train.records, config, data.validation.records)
-    StageLoop(stage, run, config, position, mine, data.hashes).train()
+    stage = DetectorStage(detector, data.train.records, config, data.validation.records, backend.name)
+    StageLoop(stage, run, config, position, mine, fingerprint(data, backend)).train()
     return detector
 
 
@@ -242,7 +256,12 @@ def _demo_data() -> Path:
     return ensure_demo_data()
 
 
-def write_config(run: Path, config: RunConfig, data: TrainingData) -> None:
+def fingerprint(data: TrainingData, backend: LossBackend) -> dict[str, str]:
+    """What every checkpoint carries, so that a resume goes on with the same pictures and the same arithmetic."""
+    return data.hashes | {STATE_KEY: backend.name}
+
+
+def write_config(run: Path, config: RunConfig, data: TrainingData, backend: LossBackend) -> None:
     """The resolved configuration with everything that a reader needs to repeat the run."""
     pictures = {"train_pictures": len(data.train), "val_pictures": len(data.validation)}
     save_json(
@@ -250,7 +269,7 @@ def write_config(run: Path, config: RunConfig, data: TrainingData) -> None:
         {
             "config": dataclasses.asdict(config),
             "data": data.hashes | pictures,
-            "environment": environment(),
+            "environment": environment() | {"loss_backend": dataclasses.asdict(backend)},
         },
     )
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from cpp_ext import soft_contrastive_loss
+from cpp_ext.ops import Implementation
 from train.checkpoint import STATE_FILE, append_history, save_state
 from train.config import RunConfig, Stage1Config, Stage2Config
 from train.data import PictureRecord
@@ -155,7 +156,15 @@ class TraceStage(Stage):
 
 
 class DetectorStage(Stage):
-    """Stage 2: real against fake on the frozen encoder, Eqs. (5) to (7)."""
+    """Stage 2: real against fake on the frozen encoder, Eqs. (5) to (7).
+
+    Args:
+        model: the detector; its encoder and natural traces stay as they are.
+        records: training pictures.
+        config: of the run.
+        validation: pictures to score after each epoch.
+        loss_backend: implementation of Eq. (5).
+    """
 
     number = 2
 
@@ -165,12 +174,14 @@ class DetectorStage(Stage):
         records: Sequence[PictureRecord],
         config: RunConfig,
         validation: Sequence[PictureRecord],
+        loss_backend: Implementation,
     ) -> None:
         self.model: NTFDetector = model
         self.records = list(records)
         self.validation = validation
         self.config = config
         self.settings = config.stage2
+        self.loss_backend = loss_backend
         crop = config.stage2.scl_crop
         if model.encoder.fixed_input_size and (crop, crop) != model.input_size:
             raise ConfigError(
@@ -205,6 +216,7 @@ class DetectorStage(Stage):
             eta=loss.eta,
             form=loss.scl_form,
             denominator=loss.scl_denominator,
+            backend=self.loss_backend,
         )
         logits = model.classify(embeddings, model.projection(embeddings))
         result = detector_loss(contrastive, logits, batch.labels, gamma=loss.gamma)
