@@ -17,18 +17,23 @@ from train.provenance import environment
 
 RESULTS = Path("benchmarks/results/cpu.json")
 README = Path("README.md")
+# In extra_info: another command keeps this benchmark's figures, in a file of its own.
+KEPT_ELSEWHERE = "kept_elsewhere"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
 def condensed(raw: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each benchmark: group, name, median and spread in ms, and its ratio to the group's baseline.
 
+    Those that another command keeps are left out.
+
     Raises:
         ValueError: a group has no baseline, or more than one.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in raw["benchmarks"]:
-        groups.setdefault(entry["group"], []).append(entry)
+        if not entry["extra_info"].get(KEPT_ELSEWHERE):
+            groups.setdefault(entry["group"], []).append(entry)
     rows = []
     for group, entries in groups.items():
         baselines = [entry for entry in entries if entry["extra_info"].get("baseline")]
