@@ -120,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=BUILD_COMMAND, description="Compile the fused soft contrastive loss.")
     parser.add_argument("--cpu-only", action="store_true", help="leave the CUDA part out")
     parser.add_argument("--cuda-archs", help=f'compute capabilities, default NTF_CUDA_ARCHS or "{DEFAULT_CUDA_ARCHS}"')
-    parser.add_argument("--verbose", action="store_true", help="print every command and what the compilers say")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print every command, what the compilers say, and the kernels' registers"
+    )
     parser.add_argument("--check", action="store_true", help="build nothing; exit 0 if the library may be loaded")
     options = parser.parse_args(arguments)
     if options.check:
@@ -142,7 +144,7 @@ def build(toolchain: Toolchain, folder: Path = FOLDER, *, verbose: bool = False)
     Args:
         toolchain: from `find_toolchain`.
         folder: the package's, with csrc in it.
-        verbose: print every command, and what the compilers say.
+        verbose: print every command, what the compilers say, and the resources of the CUDA kernels.
 
     Raises:
         BuildError: a compiler failed, or the folder cannot be written to; an earlier library stays as it was.
@@ -174,7 +176,8 @@ def build(toolchain: Toolchain, folder: Path = FOLDER, *, verbose: bool = False)
             (Path(scratch) / RECORD_FILE).replace(folder / RECORD_FILE)
         if ptxas_log:
             (folder / PTXAS_LOG_FILE).write_text(ptxas_log, encoding="utf-8")
-            _print_resources(ptxas_log)
+            if verbose:
+                _print_resources(ptxas_log)
         print(f"built {folder / LIBRARY_FILE} in {time.perf_counter() - began:.0f} s: {record.describe()}", flush=True)
         return record
 
