@@ -19,9 +19,11 @@ DOCUMENT = Path("benchmarks/README.md")
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
-# From cpp_ext/csrc: kTile and kWeightedRowsBlocks of soft_contrastive_tiles.cuh.
+# From cpp_ext/csrc: kTile of soft_contrastive_tiles.cuh, kWeightedRowsBlocks and kBlockSharedBytes of
+# soft_contrastive_cuda.h.
 TILE_ROWS = 64
 WEIGHTED_ROWS_BLOCKS = 3
+BLOCK_SHARED_KIB = 46
 # Forward: labels counted, statistics, pull, class sums (2), finish. Backward: the same with row terms and the gradient
 # in place of statistics and pull.
 LAUNCHES = 12
@@ -48,6 +50,7 @@ class GPU:
         source: where the figures are printed.
         multiprocessors: how many.
         cores: FP32 lanes of a multiprocessor.
+        shared_kib: shared memory of a multiprocessor (CUDA C++ Programming Guide, technical specifications).
         memory_bytes_s: bandwidth of device memory.
         peaks: operations a second by precision; only what the kernels use on this device.
         mma_share: share of the tensor core peak that mma.sync can issue.
@@ -57,6 +60,7 @@ class GPU:
     source: str
     multiprocessors: int
     cores: int
+    shared_kib: int
     memory_bytes_s: float
     peaks: dict[str, float]
     mma_share: float
@@ -65,14 +69,19 @@ class GPU:
         """The clock at which the FP32 peak is stated: two operations a core and clock."""
         return self.peaks["float32"] / (2 * self.cores * self.multiprocessors)
 
+    def slots(self) -> int:
+        """Blocks that the device holds at a time."""
+        return self.multiprocessors * min(WEIGHTED_ROWS_BLOCKS, self.shared_kib // BLOCK_SHARED_KIB)
+
 
 GPUS = (
-    GPU("T4", "NVIDIA T4 data sheet", 40, 64, 320e9, {"float32": 8.1e12}, 1.0),
+    GPU("T4", "NVIDIA T4 data sheet", 40, 64, 64, 320e9, {"float32": 8.1e12}, 1.0),
     GPU(
         "L4",
         "NVIDIA L4 data sheet, tensor core figures halved: they are stated with sparsity",
         58,
         128,
+        100,
         300e9,
         {"float32": 30.3e12, "tf32": 60e12, "bfloat16": 121e12},
         1.0,
@@ -82,6 +91,7 @@ GPUS = (
         "NVIDIA A100 data sheet",
         108,
         64,
+        164,
         2039e9,
         {"float32": 19.5e12, "tf32": 156e12, "bfloat16": 312e12},
         1.0,
@@ -92,6 +102,7 @@ GPUS = (
         "NVIDIA H100 data sheet, tensor core figures halved: they are stated with sparsity",
         132,
         128,
+        228,
         3350e9,
         {"float32": 67e12, "tf32": 494.7e12, "bfloat16": 989.4e12},
         0.63,
@@ -147,7 +158,7 @@ class Estimate:
         exponentials_s: at the peak of the special function units.
         shared_s: reading the products' factors from shared memory.
         filled: share of the device that works, on average: (if a block alone on a multiprocessor is as slow as one
-            of three, if it is as fast as three together).
+            of several, if it is as fast as all of them together).
         low: share if products, shared memory and exponentials never overlap, and `filled` is the smaller.
         high: share if they overlap perfectly, and `filled` is the larger.
         l2_bytes_s: rate at which the L2 cache has to deliver for `high`.
@@ -205,14 +216,14 @@ def _shared_bytes(precision: str, done: Work, n: int) -> float:
 
 def _filled(gpu: GPU, n: int) -> tuple[float, float]:
     """How much of the device works, on average, with rows and columns dealt out as Launcher does."""
-    tiles = -(-n // TILE_ROWS)
-    slots = gpu.multiprocessors * WEIGHTED_ROWS_BLOCKS
-    splits = min(-(-slots // tiles), tiles)
-    per_split = -(-tiles // splits)
-    blocks = tiles * -(-tiles // per_split)
-    # Every block walks per_split tiles. In whole waves of three a multiprocessor, or as evenly as blocks can be dealt.
+    tiles, slots = -(-n // TILE_ROWS), gpu.slots()
+    # As splits_of in soft_contrastive.cu: the number of splits whose waves of walks are over first.
+    walks = [-(-tiles // splits) for splits in range(1, min(2 * -(-slots // tiles), tiles) + 1)]
+    walk = min(walks, key=lambda walk: -(-tiles * -(-tiles // walk) // slots) * walk)
+    blocks = tiles * -(-tiles // walk)
+    # Every block walks as many tiles. In whole waves of the device, or as evenly as blocks can be dealt.
     waves, most = -(-blocks // slots), -(-blocks // gpu.multiprocessors)
-    return tiles * tiles / (waves * slots * per_split), tiles * tiles / (most * gpu.multiprocessors * per_split)
+    return tiles * tiles / (waves * slots * walk), tiles * tiles / (most * gpu.multiprocessors * walk)
 
 
 def markdown() -> str:

@@ -538,7 +538,9 @@ def test_roofline_has_the_kernels_constants():
     tiles = (ROOT / "cpp_ext/csrc/soft_contrastive_tiles.cuh").read_text()
     assert f"kTile = sizeof(T) == 8 ? 32 : {roofline.TILE_ROWS};" in tiles
     assert f"kTile = {roofline.TILE_ROWS};" in tiles
-    assert f"kWeightedRowsBlocks = {roofline.WEIGHTED_ROWS_BLOCKS};" in tiles
+    launches = (ROOT / "cpp_ext/csrc/soft_contrastive_cuda.h").read_text()
+    assert f"kWeightedRowsBlocks = {roofline.WEIGHTED_ROWS_BLOCKS};" in launches
+    assert f"kBlockSharedBytes = {roofline.BLOCK_SHARED_KIB} * 1024;" in launches
 
 
 @pytest.mark.parametrize("n", [512, 32768])
@@ -558,8 +560,8 @@ def test_roofline_by_hand_for_one_size():
     each_array = 8192 * (3 * 512 + 256 + 2 * 512 + 16 + 32)
     assert found.memory_s == pytest.approx(each_array / 3350e9)
     assert found.exponentials_s == pytest.approx(3.5 * 8192**2 / (16 * 132 * h100.clock_hz()))
-    # 128 row tiles in 4 splits are 512 blocks: 2 waves of 396, or 4 on each of 132 multiprocessors but for 16 blocks.
-    assert found.filled == pytest.approx((512 / (2 * 396), 512 / (4 * 132)))
+    # 128 row tiles in 3 splits of 43 tiles are 384 blocks: one wave of 396, or 3 on each of 132 multiprocessors.
+    assert found.filled == pytest.approx((128 * 128 / (396 * 43), 128 * 128 / (396 * 43)))
 
 
 @pytest.mark.parametrize("gpu", roofline.GPUS, ids=lambda gpu: gpu.name)

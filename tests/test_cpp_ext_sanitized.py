@@ -43,7 +43,7 @@ for name in torch.ops.ntf.instruction_sets().split(","):
 
 
 def sanitized_run(folder: Path, defect: tuple[str, str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """What the program says with kernels that were compiled with sanitizers, with `defect` (file, old, new) if given."""
+    """What the program says with kernels compiled with sanitizers, after `defect` (file, old, new) if there is one."""
     shutil.copytree(FOLDER / "csrc", folder / "csrc")
     shutil.copy(FOLDER / "build.py", folder)
     if defect is not None:

@@ -2,12 +2,14 @@
 //
 // A block owns a tile of rows and walks over tiles of other rows: products of the two tiles go to shared memory and are
 // reduced there at once, as in flash attention, so that no array of N x N or N x J exists. Where there are too few row
-// tiles to fill the device, `splits` blocks share the walk of one row tile; each leaves a partial result, and a
+// tiles to keep the device busy, `splits` blocks share the walk of one row tile; each leaves a partial result, and a
 // finishing kernel adds them in a fixed order. There are no atomics.
 //
 // In the comments, N, J, C are rows, traces and width, b the bytes of an input number, w those of a Wide one, and
 // T = kTile. Operations count a multiplication and an addition as two. Traffic is what the kernel asks of the L2 cache;
 // device memory sees the matrices about once as long as they fit there.
+#include <algorithm>
+
 #include "soft_contrastive_cuda.h"
 #include "soft_contrastive_pairs.cuh"
 #include "soft_contrastive_rows.cuh"
@@ -59,18 +61,31 @@ dim3 grid_of(int64_t x, int64_t y = 1, int64_t z = 1) {
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
 }
 
-// How the other rows are dealt out to blocks: enough to fill the device once, never less than one tile each.
+// How the other rows are dealt out to blocks.
 struct Splits {
   int64_t tiles_per_split;
   int count;
 };
+
+// The number of splits with which the device is done first: it works in waves of as many blocks as it holds, and each
+// wave takes as long as the walk of a block. At most twice what fills it once, which bounds the partial results.
 Splits splits_of(int64_t owner_blocks, int64_t other_tiles, Device device) {
   if (owner_blocks == 0 || other_tiles == 0) {
     return {1, 0};
   }
-  const int64_t wanted = ceil_div(static_cast<int64_t>(device.multiprocessors) * kWeightedRowsBlocks, owner_blocks);
-  const int64_t tiles_per_split = ceil_div(other_tiles, wanted < other_tiles ? wanted : other_tiles);
-  return {tiles_per_split, static_cast<int>(ceil_div(other_tiles, tiles_per_split))};
+  const int64_t slots = static_cast<int64_t>(device.multiprocessors) * device.resident_blocks;
+  const int64_t most = std::min(2 * ceil_div(slots, owner_blocks), other_tiles);
+  Splits best{other_tiles, 1};
+  int64_t shortest = ceil_div(owner_blocks, slots) * other_tiles;
+  for (int64_t wanted = 2; wanted <= most; ++wanted) {
+    const int64_t walk = ceil_div(other_tiles, wanted), count = ceil_div(other_tiles, walk);
+    const int64_t time = ceil_div(owner_blocks * count, slots) * walk;
+    if (time < shortest) {
+      shortest = time;
+      best = {walk, static_cast<int>(count)};
+    }
+  }
+  return best;
 }
 
 // The launches of one call. A call with no workspace measures what it needs.

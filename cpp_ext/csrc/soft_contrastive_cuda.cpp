@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <tuple>
 
@@ -30,7 +31,9 @@ int attribute(cudaDeviceAttr name, int device) {
 
 cuda::Device device_of(const Tensor& tensor) {
   const int device = tensor.get_device_index();
+  const int shared = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   return {attribute(cudaDevAttrMultiProcessorCount, device),
+          std::clamp(shared / cuda::kBlockSharedBytes, 1, cuda::kWeightedRowsBlocks),
           attribute(cudaDevAttrComputeCapabilityMajor, device) >= kTensorCoreMajor};
 }
 

@@ -16,8 +16,14 @@ namespace ntf::cuda {
 enum class Type { float16, bfloat16, float32, float64 };
 
 // What the launchers must know of the device that the stream belongs to.
+// What decides how many of the largest blocks a multiprocessor holds: their registers (kWeightedRowsBlocks of them),
+// and their shared memory, with the 1 KiB that the device keeps for itself.
+constexpr int kWeightedRowsBlocks = 3;
+constexpr int kBlockSharedBytes = 46 * 1024;
+
 struct Device {
-  int multiprocessors;  // decides over how many blocks the columns are split
+  int multiprocessors;
+  int resident_blocks;  // of a multiprocessor; both decide over how many blocks the columns are split
   bool tensor_cores;    // bfloat16 and TF32 products: compute capability 8.0 or newer
 };
 
@@ -54,7 +60,8 @@ struct TracesBackward {
 };
 
 // Bytes of device memory that the call of the same arguments needs as `workspace`, aligned to 256 bytes: at most
-// a small multiple of (rows + traces_count + 192 multiprocessors) x width numbers, whatever rows x rows is.
+// a small multiple of (rows + traces_count + 64 multiprocessors resident_blocks) x width numbers, whatever rows x rows
+// is.
 size_t workspace_bytes(const Batch& batch, const Forward& arrays, Device device);
 size_t workspace_bytes(const Batch& batch, const Backward& arrays, Device device);
 size_t workspace_bytes(const Batch& batch, const TracesBackward& arrays, Device device);

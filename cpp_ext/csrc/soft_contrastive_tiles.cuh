@@ -16,14 +16,15 @@
 
 #include <cstdint>
 
+#include "soft_contrastive_cuda.h"
+
 namespace ntf::cuda {
 
 constexpr int kThreads = 128;
 constexpr int kWarp = 32;
 // Blocks on a multiprocessor of 65536 registers, and so the most registers a thread may take, in steps of 8: 128 for
-// the statistics and 168 for the weighted rows, which hold 64 more sums.
+// the statistics and 168 for the weighted rows (kWeightedRowsBlocks), which hold 64 more sums.
 constexpr int kStatisticsBlocks = 4;
-constexpr int kWeightedRowsBlocks = 3;
 
 // ---- Every instruction that has no name in C++. A host compiler takes these from an emulation. ----
 #ifdef __CUDACC__

@@ -78,7 +78,7 @@ void run_case(const Header& header, std::FILE* cases, std::FILE* results) {
                     static_cast<ntf::Form>(header.form),
                     static_cast<ntf::Denominator>(header.denominator),
                     header.allow_tf32 != 0};
-  const Device device{static_cast<int>(header.multiprocessors), header.tensor_cores != 0};
+  const Device device{static_cast<int>(header.multiprocessors), kWeightedRowsBlocks, header.tensor_cores != 0};
   int64_t report[6] = {};
   report[0] = run_in_workspace(batch,
                                Forward{loss.data, keys.data, positives.data, log_traces.data,
