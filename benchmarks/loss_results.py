@@ -167,7 +167,10 @@ def _times(results: dict[str, Any], contest: str, precision: str) -> dict[tuple[
 
 
 def _milliseconds(row: dict[str, Any] | None) -> str:
-    return "" if row is None else f"{row['median_ms']:.4g} ± {row['iqr_ms'] / 2:.2g} ms"
+    if row is None:
+        return ""
+    half = float(f"{row['iqr_ms'] / 2:.2g}")  # two digits, without an exponent
+    return f"{row['median_ms']:.4g} ± {half:g} ms"
 
 
 def _ratio(row: dict[str, Any] | None) -> str:
