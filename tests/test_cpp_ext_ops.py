@@ -291,12 +291,13 @@ def test_operators_pass_opcheck(form, denominator):
 # The compiler's modules warn about deprecated parts of Python and about the CUDA that is not there.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_step_has_no_graph_break_and_the_same_result(dynamic):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_step_has_no_graph_break_and_the_same_result(compiler, dynamic):
     def step(z, labels, h):
         return soft_contrastive_loss(z, labels, h, trace_gradient=True, backend="fused", **USUAL)
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
     for n in (6, 7, 40):
         z, labels, h = batch(n, 8)
         leaves = z.requires_grad_(), h.requires_grad_()
