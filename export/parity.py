@@ -26,8 +26,8 @@ class ParityLimits:
     """What a precision may differ from PyTorch. Improvements of AP and accuracy are not limited.
 
     Attributes:
-        logit_diff_max: largest difference of one calibrated logit (raw difference / temperature).
-        logit_diff_mean: mean difference of the calibrated logits.
+        logit_diff_max: largest difference of one logit, in units of evidence (see `unit_of_evidence`).
+        logit_diff_mean: mean difference of the logits, in the same unit.
         ap_loss_points: largest loss of average precision, in percentage points.
         accuracy_loss_points: largest loss of accuracy at the precision's own threshold, in percentage points.
         flipped_share: largest share of pictures whose verdict differs, into or out of `uncertain` included.
@@ -167,26 +167,44 @@ def compare_logits(
         opposite_verdicts=int((flipped & (mine != "uncertain") & (wanted != "uncertain")).sum()),
         passed=False,
     )
-    broken = broken_limits(parity, limits, calibration=reference_calibration)
+    spread = float(np.std(reference))
+    broken = broken_limits(parity, limits, calibration=reference_calibration, logit_std=spread)
     return replace(parity, passed=not broken)
 
 
-def broken_limits(parity: ParitySpec, limits: ParityLimits, *, calibration: CalibrationSpec) -> list[str]:
+def unit_of_evidence(calibration: CalibrationSpec, logit_std: float) -> float:
+    """The raw logit difference that counts as 1 when precisions are compared.
+
+    The temperature, so that a unit moves a probability near the middle by up to 25 points and models can be compared.
+    Where the classes are nearly separable the fitted temperature goes towards 0 and says only that hardly any picture
+    lies near the middle; there it is a quarter of the logits' standard deviation.
+
+    Args:
+        calibration: of the PyTorch model.
+        logit_std: standard deviation of the PyTorch model's raw logits over the compared pictures.
+    """
+    return max(calibration.temperature, logit_std / 4)
+
+
+def broken_limits(
+    parity: ParitySpec, limits: ParityLimits, *, calibration: CalibrationSpec, logit_std: float
+) -> list[str]:
     """Each limit that a comparison breaks, in words; empty when it passes.
 
     Args:
         parity: the comparison.
         limits: what must hold.
-        calibration: of the PyTorch model; its temperature makes logit differences comparable between models, and where
-            its thresholds leave no room for `uncertain`, every flip is an opposite verdict and is limited as a flip.
+        calibration: of the PyTorch model; where its thresholds leave no room for `uncertain`, every flip is an opposite
+            verdict and is limited as a flip.
+        logit_std: standard deviation of the PyTorch model's raw logits over the compared pictures.
     """
     one = 1.0 / parity.pictures
-    temperature = calibration.temperature
+    unit = unit_of_evidence(calibration, logit_std)
     banded = calibration.real_threshold < calibration.fake_threshold
     opposite = limits.opposite_share if banded else limits.flipped_share
     checks = (
-        ("largest logit difference", parity.logit_diff_max / temperature, limits.logit_diff_max),
-        ("mean logit difference", parity.logit_diff_mean / temperature, limits.logit_diff_mean),
+        ("largest logit difference", parity.logit_diff_max / unit, limits.logit_diff_max),
+        ("mean logit difference", parity.logit_diff_mean / unit, limits.logit_diff_mean),
         ("AP loss in points", -(parity.ap_change_points or 0.0), limits.ap_loss_points),
         ("accuracy loss in points", -parity.accuracy_change_points, max(limits.accuracy_loss_points, 100 * one)),
         ("share of verdicts flipped", parity.verdict_flips / parity.pictures, max(limits.flipped_share, one)),

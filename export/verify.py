@@ -147,7 +147,9 @@ def verify_bundle(bundle: Bundle, run: Path, pictures: PictureSet) -> Verificati
             limits=limits,
         )
         rows.append((precision, parity))
-        broken[f"{precision} on {name}"] = broken_limits(parity, limits, calibration=torch_calibration)
+        broken[f"{precision} on {name}"] = broken_limits(
+            parity, limits, calibration=torch_calibration, logit_std=float(np.std(reference))
+        )
     return Verification(tuple(rows), broken)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from export.parity import LIMITS, broken_limits, centred_thresholds, compare_logits
+from export.parity import LIMITS, broken_limits, centred_thresholds, compare_logits, unit_of_evidence
 from runtime.manifest import PRECISIONS, CalibrationSpec, ParitySpec
 
 CALIBRATION = CalibrationSpec(2.0, 0.0, -1.0, 1.0, 0.01, 0.05)
@@ -74,29 +74,38 @@ def test_each_precision_is_judged_at_its_own_threshold():
 )
 def test_each_limit_can_be_broken(field, value, words):
     sound = ParitySpec("onnxruntime", "torch fp32", 1000, 0.9, 0.09, -0.1, -0.4, 20, 1, True)
-    assert broken_limits(sound, LIMITS["fp16"], calibration=CALIBRATION) == []
-    (broken,) = broken_limits(replace(sound, **{field: value}), LIMITS["fp16"], calibration=CALIBRATION)
+    assert broken_limits(sound, LIMITS["fp16"], calibration=CALIBRATION, logit_std=1.0) == []
+    (broken,) = broken_limits(replace(sound, **{field: value}), LIMITS["fp16"], calibration=CALIBRATION, logit_std=1.0)
     assert words in broken
+
+
+def test_separable_classes_are_not_judged_by_a_temperature_that_goes_to_zero():
+    assert unit_of_evidence(CALIBRATION, logit_std=4.0) == 2.0
+    sharp = replace(CALIBRATION, temperature=0.01)
+    assert unit_of_evidence(sharp, logit_std=4.0) == 1.0
+    moved = ParitySpec("onnxruntime", "torch fp32", 1000, 0.4, 0.04, 0.0, 0.0, 0, 0, True)
+    assert broken_limits(moved, LIMITS["fp16"], calibration=sharp, logit_std=4.0) == []
+    assert len(broken_limits(moved, LIMITS["fp16"], calibration=sharp, logit_std=0.4)) == 2
 
 
 def test_a_better_ap_and_accuracy_break_nothing():
     better = ParitySpec("onnxruntime", "torch fp32", 1000, 0.0, 0.0, 5.0, 5.0, 0, 0, True)
-    assert broken_limits(better, LIMITS["fp32"], calibration=replace(CALIBRATION, temperature=1.0)) == []
+    assert broken_limits(better, LIMITS["fp32"], calibration=replace(CALIBRATION, temperature=1.0), logit_std=1.0) == []
 
 
 def test_without_room_for_uncertain_opposite_verdicts_are_limited_as_flips():
     flips = ParitySpec("onnxruntime", "torch fp32", 100, 0.0, 0.0, 0.0, 0.0, 5, 5, True)
     touching = replace(CALIBRATION, real_threshold=1.0)
-    assert broken_limits(flips, LIMITS["int8"], calibration=touching) == []
-    (broken,) = broken_limits(flips, LIMITS["int8"], calibration=CALIBRATION)
+    assert broken_limits(flips, LIMITS["int8"], calibration=touching, logit_std=1.0) == []
+    (broken,) = broken_limits(flips, LIMITS["int8"], calibration=CALIBRATION, logit_std=1.0)
     assert "opposite verdicts" in broken
 
 
 def test_one_picture_is_always_allowed_and_two_are_not():
     one = ParitySpec("onnxruntime", "torch fp32", 40, 0.0, 0.0, 0.0, -2.5, 1, 1, True)
-    assert broken_limits(one, LIMITS["fp32"], calibration=replace(CALIBRATION, temperature=1.0)) == []
+    assert broken_limits(one, LIMITS["fp32"], calibration=replace(CALIBRATION, temperature=1.0), logit_std=1.0) == []
     two = replace(one, verdict_flips=2, opposite_verdicts=0)
-    assert broken_limits(two, LIMITS["fp32"], calibration=replace(CALIBRATION, temperature=1.0)) != []
+    assert broken_limits(two, LIMITS["fp32"], calibration=replace(CALIBRATION, temperature=1.0), logit_std=1.0) != []
 
 
 def test_one_class_has_no_ap_and_is_compared_by_the_rest():
