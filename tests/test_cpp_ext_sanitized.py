@@ -15,7 +15,7 @@ from cpp_ext.build import build, find_toolchain
 from cpp_ext.library import FOLDER
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-# Rows that fill no strip, one strip, several blocks; widths of one column and of no whole vector; traces of none.
+# Rows that fill no strip, one strip, several blocks on two threads; widths of one column and of no whole vector; no traces.
 PROGRAM = """
 import itertools, sys
 from pathlib import Path
@@ -24,7 +24,7 @@ from cpp_ext.ops import fused_soft_contrastive_loss, load_library
 
 load_library(Path(sys.argv[1]))
 torch.set_num_threads(2)
-batches = [(0, 3, 1), (1, 3, 1), (2, 1, 0), (33, 17, 16), (127, 130, 5), (257, 4, 128), (400, 16, 200)]
+batches = [(0, 3, 1), (1, 3, 1), (2, 1, 0), (33, 17, 16), (127, 130, 5), (257, 4, 128), (700, 128, 300)]
 for name in torch.ops.ntf.instruction_sets().split(","):
     torch.ops.ntf.use_instruction_set(name)
     for (n, c, j), form, dtype in itertools.product(

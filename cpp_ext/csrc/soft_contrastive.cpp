@@ -29,11 +29,20 @@ cpu::Batch batch_of(const Tensor& embeddings, const Tensor& labels, const Tensor
                   "cpp_ext.soft_contrastive_loss, which checks them");
   STD_TORCH_CHECK(embeddings.is_cpu() && labels.is_cpu() && traces.is_cpu(),
                   "embeddings, labels and traces must be on one device: move them");
+  for (const Tensor* tensor : {&embeddings, &traces}) {
+    const ScalarType type = tensor->scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float ||
+                        type == ScalarType::Double,
+                    "embeddings and traces must be float16, bfloat16, float32 or float64: convert them");
+  }
   return {matrix_of(embeddings), static_cast<const int64_t*>(labels.const_data_ptr()), labels.stride(0),
           matrix_of(traces)};
 }
 
 cpu::Settings settings_of(double temperature, double eta, int64_t form, int64_t denominator) {
+  STD_TORCH_CHECK(form >= 0 && form <= 2 && (denominator == 0 || denominator == 1),
+                  "form must be 0 to 2 and denominator 0 or 1, got ", form, " and ", denominator,
+                  ": cpp_ext/ops.py has their names");
   return {temperature, eta, static_cast<Form>(form), static_cast<Denominator>(denominator),
           static_cast<int>(torch::stable::get_num_threads())};
 }
@@ -49,11 +58,13 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// A contiguous tensor of the accumulation type.
+// What a backward pass reads: contiguous, of the accumulation type, (N,) or with `columns` (N, columns).
 class Contiguous {
  public:
-  Contiguous(const Tensor& tensor, ScalarType type, const char* name) : tensor_(torch::stable::contiguous(tensor)) {
-    STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must have the accumulation type: pass what the forward gave");
+  Contiguous(const Tensor& tensor, ScalarType type, const char* name, int64_t rows, int64_t columns = 0)
+      : tensor_(torch::stable::contiguous(tensor)) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type && tensor.numel() == rows * (columns ? columns : 1),
+                    name, " must have the accumulation type and a place for each row: pass what the forward gave");
   }
   template <typename T>
   const T* data() const {
@@ -92,10 +103,12 @@ Tensor backward(const Tensor& grad_loss, const Tensor& embeddings, const Tensor&
   const cpu::Batch batch = batch_of(embeddings, labels, traces);
   const cpu::Settings settings = settings_of(temperature, eta, form, denominator);
   const ScalarType type = accumulation_type(embeddings);
-  STD_TORCH_CHECK(settings.form == Form::log_mean || pull.size(0) == embeddings.size(0),
+  const int64_t n = embeddings.size(0);
+  STD_TORCH_CHECK(settings.form == Form::log_mean || pull.size(0) == n,
                   "pull must have a row for each embedding: run the forward with save=True");
-  const Contiguous upstream(grad_loss, type, "grad_loss"), losses(loss, type, "loss"), keys(log_keys, type, "log_keys"),
-      positives(log_positives, type, "log_positives"), pulled(pull, type, "pull");
+  const Contiguous upstream(grad_loss, type, "grad_loss", n), losses(loss, type, "loss", n),
+      keys(log_keys, type, "log_keys", n), positives(log_positives, type, "log_positives", n),
+      pulled(pull, type, "pull", pull.size(0), embeddings.size(1));
   Tensor grad = torch::stable::new_empty(embeddings, {embeddings.size(0), embeddings.size(1)}, type);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -114,8 +127,9 @@ Tensor traces_backward(const Tensor& grad_loss, const Tensor& embeddings, const 
   const cpu::Batch batch = batch_of(embeddings, labels, traces);
   const cpu::Settings settings = settings_of(temperature, eta, form, denominator);
   const ScalarType type = accumulation_type(embeddings);
-  const Contiguous upstream(grad_loss, type, "grad_loss"), losses(loss, type, "loss"),
-      logs(log_traces, type, "log_traces");
+  const int64_t n = embeddings.size(0);
+  const Contiguous upstream(grad_loss, type, "grad_loss", n), losses(loss, type, "loss", n),
+      logs(log_traces, type, "log_traces", n);
   Tensor grad = torch::stable::new_empty(traces, {traces.size(0), traces.size(1)}, type);
   const auto run = [&](auto zero) {
     using T = decltype(zero);

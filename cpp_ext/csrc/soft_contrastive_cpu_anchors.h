@@ -1,4 +1,4 @@
-// What the forward and the backward pass share: anchors by label, tiles of a pair of blocks, scratch memory.
+// What the passes share: anchors by label, the tile of a pair of blocks, scratch memory.
 #pragma once
 
 #include <vector>
@@ -10,12 +10,7 @@ namespace ntf::cpu {
 constexpr double kLog2E = 1.44269504088896340736;
 constexpr double kLn2 = 0.693147180559945309417;
 
-// Largest |s| in base 2 that needs no shift: 2^80 summed over 2^40 rows stays below the largest float, 2^700 below the
-// largest double.
-template <typename T>
-constexpr double kUnshifted = sizeof(T) == 4 ? 80 : 700;
-
-// The vector code that runs on this machine.
+// The vector code that runs on this machine. A pass asks once: another answer would have other strips.
 template <typename T>
 const TileKernels<T>& kernels();
 
@@ -64,19 +59,26 @@ class TileMemory {
   Buffer<T> tiles_;
 };
 
-// Whether some exponent of z z^T may be too large for 2^s to be summed as it is.
+// The tile of two blocks of the batch.
 template <typename T>
-bool pairs_need_shifts(const PackedRows<T>& rows, const Settings& settings) {
-  return rows.largest_norm * rows.largest_norm / settings.temperature * kLog2E > kUnshifted<T>;
+Tile<T> pair_tile(const PackedRows<T>& rows, const Blocks& blocks, int64_t i, int64_t k, const Settings& settings) {
+  return tile_of(rows, i, blocks.blocks[i].rows, rows, k, blocks.blocks[k].rows, i == k, 1 / settings.temperature);
+}
+
+// Calls task(block) for every block of the batch, each of which reads its rows once.
+template <typename Task>
+void run_rows(const Batch& batch, const Settings& settings, const Blocks& blocks, Task task) {
+  const int workers = workers_for(settings.threads, blocks.count(), work_of_rows(batch.embeddings));
+  run_tasks(workers, blocks.count(), [&](int, int64_t block) { task(block); });
 }
 
 // mean_j h_j, (C,): all that log_mean needs of the traces.
 template <typename T>
-std::vector<T> mean_trace(const Batch& batch, const Settings& settings) {
+std::vector<double> mean_trace(const Batch& batch, const Settings& settings) {
   const Blocks blocks = blocks_of_traces(batch.traces.rows);
-  std::vector<T> mean = label_sums<T>(batch.traces, blocks, nullptr, 0, settings.threads);
+  std::vector<double> mean = label_sums<T>(batch.traces, blocks, nullptr, 0, settings.threads);
   mean.resize(batch.traces.cols);
-  for (T& value : mean) value /= static_cast<T>(batch.traces.rows);
+  for (double& value : mean) value /= static_cast<double>(batch.traces.rows);
   return mean;
 }
 

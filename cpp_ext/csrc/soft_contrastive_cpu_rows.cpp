@@ -33,8 +33,25 @@ void read_row_of(const Matrix& matrix, int64_t row, T* out) {
 // Multiply-adds that are worth another thread: waking it takes as long as a part of them.
 constexpr int64_t kWorkForThread = int64_t{1} << 22;
 
+// Looks at another thread's progress before this one gives up its time slice: some tens of microseconds, less than a
+// tile takes.
+constexpr int kSpins = 10000;
+
 // Reading and packing an element takes about as long as this many multiply-adds.
 constexpr int64_t kWorkOfElement = 16;
+
+template <typename T>
+T squared_norm(const T* row, int64_t n) {
+  constexpr int64_t kParts = 16;  // independent sums, which the compiler turns into vectors
+  T parts[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts <= n; i += kParts)
+    for (int64_t p = 0; p < kParts; ++p) parts[p] += row[i + p] * row[i + p];
+  for (int64_t p = 0; i < n; ++i, ++p) parts[p] += row[i] * row[i];
+  T total = 0;
+  for (T part : parts) total += part;
+  return total;
+}
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -74,19 +91,6 @@ void read_row(const Matrix& matrix, int64_t row, T* out) {
     default:
       throw std::invalid_argument("rows must be float16, bfloat16, float32 or float64: convert them");
   }
-}
-
-template <typename T>
-T dot(const T* a, const T* b, int64_t n) {
-  constexpr int64_t kParts = 16;  // independent sums, which the compiler turns into vectors
-  T parts[kParts] = {};
-  int64_t i = 0;
-  for (; i + kParts <= n; i += kParts)
-    for (int64_t p = 0; p < kParts; ++p) parts[p] += a[i + p] * b[i + p];
-  for (int64_t p = 0; i < n; ++i, ++p) parts[p] += a[i] * b[i];
-  T total = 0;
-  for (T part : parts) total += part;
-  return total;
 }
 
 Blocks blocks_of_batch(const int64_t* labels, int64_t stride, int64_t n, int threads) {
@@ -143,7 +147,7 @@ PackedRows<T> pack(const Matrix& matrix, const Blocks& blocks, int layouts, int 
     for (int64_t r = 0; r < packed.capacity; ++r) {
       if (r < block.rows) {
         read_row(matrix, blocks.row(block, r), row.data());
-        largest = std::max(largest, dot(row.data(), row.data(), width));
+        largest = std::max(largest, squared_norm(row.data(), width));
       } else if (r == block.rows) {
         std::fill(row.begin(), row.end(), T(0));
       }
@@ -167,7 +171,8 @@ PackedRows<T> pack(const Matrix& matrix, const Blocks& blocks, int layouts, int 
 }
 
 template <typename T>
-std::vector<T> label_sums(const Matrix& matrix, const Blocks& blocks, const T* weights, int64_t capacity, int threads) {
+std::vector<double> label_sums(const Matrix& matrix, const Blocks& blocks, const T* weights, int64_t capacity,
+                               int threads) {
   const int64_t width = matrix.cols;
   std::vector<double> partial(blocks.count() * width);
   run_tasks(workers_for(threads, blocks.count(), work_of_rows(matrix)), blocks.count(), [&](int, int64_t b) {
@@ -183,7 +188,7 @@ std::vector<T> label_sums(const Matrix& matrix, const Blocks& blocks, const T* w
   std::vector<double> total(2 * width);
   for (int64_t b = 0; b < blocks.count(); ++b)
     for (int64_t c = 0; c < width; ++c) total[blocks.blocks[b].label * width + c] += partial[b * width + c];
-  return std::vector<T>(total.begin(), total.end());
+  return total;
 }
 
 int64_t work_of_rows(const Matrix& matrix) { return matrix.rows * matrix.cols * kWorkOfElement; }
@@ -213,7 +218,8 @@ void run_pairs(int workers, const Blocks& blocks, bool same_label,
   std::vector<std::atomic<int64_t>> played(seats);
   const auto play = [&](int worker, int64_t a, int64_t b, int64_t round) {
     for (int64_t block : {a, b})
-      while (played[block].load(std::memory_order_acquire) != round) std::this_thread::yield();
+      for (int tries = 0; played[block].load(std::memory_order_acquire) != round; ++tries)
+        if (tries > kSpins) std::this_thread::yield();
     const bool exist = a < count && b < count;
     if (exist && (same_label || blocks.blocks[a].label != blocks.blocks[b].label))
       task(worker, std::min(a, b), std::max(a, b));
@@ -231,9 +237,8 @@ void run_pairs(int workers, const Blocks& blocks, bool same_label,
 
 #define NTF_INSTANTIATE(T)                                                                       \
   template void read_row<T>(const Matrix&, int64_t, T*);                                         \
-  template T dot<T>(const T*, const T*, int64_t);                                                \
   template PackedRows<T> pack<T>(const Matrix&, const Blocks&, int, int, const TileKernels<T>&); \
-  template std::vector<T> label_sums<T>(const Matrix&, const Blocks&, const T*, int64_t, int);
+  template std::vector<double> label_sums<T>(const Matrix&, const Blocks&, const T*, int64_t, int);
 NTF_INSTANTIATE(float)
 NTF_INSTANTIATE(double)
 #undef NTF_INSTANTIATE

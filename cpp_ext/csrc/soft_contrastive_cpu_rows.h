@@ -24,9 +24,6 @@ struct Matrix {
 template <typename T>
 void read_row(const Matrix& matrix, int64_t row, T* out);
 
-template <typename T>
-T dot(const T* a, const T* b, int64_t n);
-
 // Memory that starts at a cache line; zeroed on request only.
 template <typename T>
 class Buffer {
@@ -96,7 +93,8 @@ PackedRows<T> pack(const Matrix& matrix, const Blocks& blocks, int layouts, int 
 
 // Sum over the rows of each label of weight * row, (2, C); weights by slot, or all 1 where null.
 template <typename T>
-std::vector<T> label_sums(const Matrix& matrix, const Blocks& blocks, const T* weights, int64_t capacity, int threads);
+std::vector<double> label_sums(const Matrix& matrix, const Blocks& blocks, const T* weights, int64_t capacity,
+                               int threads);
 
 // Multiply-adds that take about as long as one reading of the rows.
 int64_t work_of_rows(const Matrix& matrix);
@@ -104,13 +102,13 @@ int64_t work_of_rows(const Matrix& matrix);
 // Threads that `count` tasks of `work` multiply-adds in all are worth, 1 to `threads`.
 int workers_for(int threads, int64_t count, int64_t work);
 
-// Calls task(worker, i) for i in [0, count); the order of calls is not defined, and tasks must not throw.
+// Calls task(worker, i) for i in [0, count); the order of calls is not defined.
 void run_tasks(int workers, int64_t count, const std::function<void(int, int64_t)>& task);
 
-// Calls task(worker, i, k) once for every pair of blocks i < k and i == k; without `same_label` only for blocks of
-// different labels. At any time the blocks of the running tasks differ, and each block meets the others in a fixed
-// order: so a task may add to what belongs to its two blocks, and the sums come out with the same bits however the
-// tasks are spread over threads.
+// Calls task(worker, i, k), which must not throw, once for every pair of blocks i < k and i == k; without `same_label`
+// only for blocks of different labels. At any time the blocks of the running tasks differ, and each block meets the
+// others in a fixed order: so a task may add to what belongs to its two blocks, and the sums come out with the same
+// bits however the tasks are spread over threads.
 void run_pairs(int workers, const Blocks& blocks, bool same_label,
                const std::function<void(int, int64_t, int64_t)>& task);
 

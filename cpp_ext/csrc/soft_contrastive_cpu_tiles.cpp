@@ -127,18 +127,38 @@ struct Format<double> {
   static constexpr double kSmallest = -1022.0;
 };
 
-// 2^(x * scale - shift), as long as that exponent is below the type's largest; beyond it, as pairs that do not count
-// may be, any number. With kClamp the exponent is raised to the type's smallest.
-template <bool kClamp, typename T>
+// The product, rounded: a compiler may not make one instruction of it and what follows. The maxima are rounded too, so
+// that an exponent lowered by its row's maximum is 0 or below it, in every pass alike.
+template <typename T>
+inline Vec<T> rounded_product(Vec<T> x, T scale) {
+  Vec<T> product = x * scale;
+#if defined(__x86_64__)
+  asm("" : "+v"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#else
+  asm("" : "+m"(product));
+#endif
+  return product;
+}
+
+// 2^(x * scale - shift). Without kShifted the exponent has to be between those of the type's smallest and largest
+// number. With kShifted it is brought between the smallest and 0: a shift is a maximum, above which only pairs that do
+// not count can lie. A NaN stays one.
+template <bool kShifted, typename T>
 inline Vec<T> power_of_two(Vec<T> x, T scale, Vec<T> shift) {
-  Vec<T> exponent = x * scale - shift;
-  if (kClamp) exponent = larger<T>(exponent, splat(Format<T>::kSmallest));
+  using Bits = typename Lanes<T>::Bits;
+  Vec<T> exponent = kShifted ? rounded_product(x, scale) - shift : x * scale;
+  if (kShifted) {
+    exponent = exponent > 0 ? Vec<T>{} : exponent;
+    exponent = exponent < Format<T>::kSmallest ? splat(Format<T>::kSmallest) : exponent;
+  }
   const Vec<T> rounded = exponent + Format<T>::kRounder;
   const Vec<T> whole = rounded - Format<T>::kRounder;
-  const Vec<T> fraction = kClamp ? exponent - whole : x * scale - whole;
-  using Bits = typename Lanes<T>::Bits;
-  return reinterpret_cast<Vec<T>>(reinterpret_cast<Bits>(power_of_fraction(fraction)) +
-                                  (reinterpret_cast<Bits>(rounded) << Format<T>::kMantissa));
+  const Vec<T> fraction = kShifted ? exponent - whole : x * scale - whole;
+  const Vec<T> power = reinterpret_cast<Vec<T>>(reinterpret_cast<Bits>(power_of_fraction(fraction)) +
+                                                (reinterpret_cast<Bits>(rounded) << Format<T>::kMantissa));
+  return exponent == exponent ? power : exponent;
 }
 
 template <typename T>
@@ -260,17 +280,32 @@ inline void clear_diagonal(const Tile<T>& tile, T* tile_out) {
     for (int r = 0; r < tile.rows; ++r) tile_out[r * kTileStride + r] = 0;
 }
 
+// The sum of a side's coefficients: one or two arrays.
 template <typename T>
-void weights(const Tile<T>& tile, const T* row_weight, const T* col_weight, T* tile_out) {
+inline Vec<T> coefficients_at(const Terms<T>& terms, int place) {
+  Vec<T> total{};
+  for (int t = 0; t < terms.count; ++t) total += load(terms.coefficient[t] + place);
+  return total;
+}
+
+template <typename T>
+void weights(const Tile<T>& tile, const Terms<T>& rows, const Terms<T>& cols, T* tile_out) {
+  T of_rows[kTileRows];
   for_each_register_tile(
-      tile, [](int) {},
+      tile,
+      [&](int r0) {
+        for (int r = 0; r < kTileRows; ++r) {
+          of_rows[r] = 0;
+          for (int t = 0; t < rows.count; ++t) of_rows[r] += rows.coefficient[t][r0 + r];
+        }
+      },
       [&](const Accumulators<T>& acc, int r0, int c0, bool) {
         for (int v = 0; v < kVectors; ++v) {
           const int c = c0 + v * kLanes<T>;
-          const Vec<T> of_cols = col_weight != nullptr ? load(col_weight + c) : Vec<T>{};
+          const Vec<T> of_cols = coefficients_at(cols, c);
           for (int r = 0; r < kTileRows; ++r) {
             const Vec<T> e = power_of_two<false>(acc[r][v], tile.scale, Vec<T>{});
-            store(tile_out + (r0 + r) * kTileStride + c, e * (of_cols + row_weight[r0 + r]));
+            store(tile_out + (r0 + r) * kTileStride + c, e * (of_cols + of_rows[r]));
           }
         }
       },

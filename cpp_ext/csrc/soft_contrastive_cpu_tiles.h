@@ -26,7 +26,8 @@ struct Tile {
   T scale;
 };
 
-// sum over terms of coefficient * 2^(s - shift), for the rows or the columns of a tile.
+// sum over terms of coefficient * 2^(s - shift), for the rows or the columns of a tile. Shifts are null where 2^s needs
+// none; otherwise no pair that counts has s above a shift.
 template <typename T>
 struct Terms {
   int count = 0;  // 0 to 2
@@ -54,10 +55,10 @@ struct TileKernels {
   // is given. Without shifts e_rc = 2^s_rc. Where `tile_out` is given, e_rc is stored (kTileStride elements a row).
   void (*sums)(const Tile<T>& tile, const T* row_shift, const T* col_shift, T* row_sum, T* col_sum, T* tile_out);
 
-  // tile_out_rc = 2^s_rc * (row_weight[r] + col_weight[c]); col_weight may be null.
-  void (*weights)(const Tile<T>& tile, const T* row_weight, const T* col_weight, T* tile_out);
+  // tile_out_rc = sum of the row's terms and of the column's, which have no shifts.
+  void (*weights)(const Tile<T>& tile, const Terms<T>& rows, const Terms<T>& cols, T* tile_out);
 
-  // The same from terms with their own shifts, where 2^s alone would overflow.
+  // The same with shifts.
   void (*shifted_weights)(const Tile<T>& tile, const Terms<T>& rows, const Terms<T>& cols, T* tile_out);
 
   // out[r] += sum over k < inner of tile[r][k] * rows[k], for r < `count`.
