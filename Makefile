@@ -63,6 +63,7 @@ bench: demo
 	$(BIN)/python -m benchmarks.tables build/benchmarks.json
 	$(BIN)/python -m benchmarks.demo_table
 	$(BIN)/python -m benchmarks.roofline
+	$(BIN)/python -m benchmarks.bench_loading
 	$(BIN)/python -m benchmarks.bench_loss
 
 clean:

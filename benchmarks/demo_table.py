@@ -16,8 +16,7 @@ from typing import Any
 from benchmarks.tables import README, with_tables
 from export.summary import EVALUATION, VERIFICATION, graph_sizes, precision_table, read_report
 from runtime.bundle import open_bundle
-from runtime.strict_json import from_jsonable
-from train.report import EvaluationReport, short_table
+from train.report import report_from_jsonable, short_table
 
 RESULTS = Path("benchmarks/results/demo.json")
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
@@ -39,7 +38,7 @@ def collected(run: Path, model: Path) -> dict[str, Any]:
 
 def markdown(results: dict[str, Any]) -> str:
     """The two tables of the demo, as it prints them."""
-    evaluation = from_jsonable(EvaluationReport, results["evaluation"], subject="evaluation")
+    evaluation = report_from_jsonable(results["evaluation"], subject="evaluation")
     machine = evaluation.environment["machine"]
     precisions = precision_table(results["verification"]["comparisons"], results["graph_size_bytes"])
     return "\n".join(

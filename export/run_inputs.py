@@ -18,8 +18,9 @@ from train.checkpoint import (
     require_run_file,
 )
 from train.config import DEMO_DATA
-from train.data import PictureSet, load_split
+from train.integrity import split_of_run
 from train.model import NTFDetector
+from train.pictures import PictureSet
 from train.scoring import preprocess_spec
 
 
@@ -62,7 +63,7 @@ def load_run(run: Path, *, data: Path | None = None) -> RunInputs:
     config = load_config(run)
     detector = load_detector(run)
     recorded = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))["data"]
-    validation = load_split(data or data_source(config.data), "val")
+    validation = split_of_run(config, data or data_source(config.data), "val")
     digest = validation.content_sha256()
     if data is None and digest != recorded["val_sha256"]:
         raise ExportError(

@@ -20,9 +20,8 @@ from export.report import REPORT_FOLDER
 from runtime.bundle import newest_bundle, open_bundle
 from runtime.errors import NTFError
 from runtime.manifest import ArtifactSpec
-from runtime.strict_json import from_jsonable
 from train.checkpoint import newest_run
-from train.report import JSON_FILE, EvaluationReport, short_table
+from train.report import JSON_FILE, report_from_jsonable, short_table
 
 EVALUATION = Path("report") / JSON_FILE
 VERIFICATION = REPORT_FOLDER / VERIFICATION_FILE
@@ -62,7 +61,7 @@ def summary(run: Path, model: Path) -> str:
         ExportError: a report is missing.
         BundleError: the bundle or a report is damaged.
     """
-    evaluation = from_jsonable(EvaluationReport, read_report(run, EVALUATION, "train.evaluate"), subject="evaluation")
+    evaluation = report_from_jsonable(read_report(run, EVALUATION, "train.evaluate"), subject="evaluation")
     verification = read_report(run, VERIFICATION, "export.verify")
     artifacts = open_bundle(model).manifest.artifacts
     parts = [

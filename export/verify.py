@@ -32,7 +32,8 @@ from runtime.bundle import Bundle, newest_bundle, open_bundle
 from runtime.errors import NTFError
 from runtime.manifest import PRECISIONS, ParitySpec
 from train.checkpoint import load_calibration, load_config, load_detector
-from train.data import PictureSet, load_split
+from train.integrity import split_of_run
+from train.pictures import PictureSet
 from train.provenance import environment
 
 BATCH_SIZE = 16
@@ -81,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         bundle = open_bundle(options.model or newest_bundle(Path("models")))
         run = options.run or run_of_checkpoint(bundle.manifest.checkpoint_sha256, options.runs)
-        pictures = load_split(options.data or data_source(load_config(run).data), options.split)
+        config = load_config(run)
+        pictures = split_of_run(config, options.data or data_source(config.data), options.split)
         console.print(f"verifying {bundle.location} against {run} on {len(pictures)} pictures of {pictures.root}")
         result = verify_bundle(bundle, run, pictures)
     except NTFError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,11 @@ def _pristine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bundle(_pristine_bundle: Path, tmp_path: Path) -> Path:
     """Folder of a tiny FP32 bundle that the test may damage."""
     return Path(shutil.copytree(_pristine_bundle, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the checks of test pictures out of the user's cache; child processes inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

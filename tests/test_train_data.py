@@ -47,6 +47,25 @@ def test_generator_is_the_first_folder_below_the_split(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("archive", ["", "imagenet_ai_0419_biggan"])
+def test_genimage_is_read_as_it_is_distributed(tmp_path: Path, archive: str) -> None:
+    for split in ("train", "val"):
+        picture(tmp_path / "BigGAN" / archive / split / "ai" / "000_biggan_00001.png")
+        picture(tmp_path / "BigGAN" / archive / split / "nature" / "n01440764_10026.JPEG.png")
+    assert {(r.split, r.generator, r.label) for r in scan_pictures(tmp_path).records} == {
+        (split, "BigGAN", label) for split in ("train", "val") for label in (0, 1)
+    }
+    assert {r.generator for r in load_split(tmp_path / "BigGAN" / archive, "val").records} == {archive or "BigGAN"}
+
+
+def test_generator_folders_with_real_and_fake_are_read(tmp_path: Path) -> None:
+    for generator in ("sdxl", "dalle3"):
+        picture(tmp_path / generator / "real/a.png")
+        picture(tmp_path / generator / "fake/b.png")
+    found = {(r.generator, r.label, r.split) for r in scan_pictures(tmp_path).records}
+    assert found == {(generator, label, None) for generator in ("sdxl", "dalle3") for label in (0, 1)}
+
+
 def test_family_and_original_default_to_generator_and_relative_path(tmp_path: Path) -> None:
     picture(tmp_path / "gan/0_real/a.png")
     picture(tmp_path / "gan/1_fake/b.png")
@@ -172,8 +191,8 @@ def test_missing_source_is_refused(tmp_path: Path) -> None:
         scan_pictures(tmp_path / "nowhere")
 
 
-def test_file_that_is_not_csv_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="got a file that is not CSV"):
+def test_file_that_is_no_list_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="got a file that is no CSV, JSON or tar"):
         scan_pictures(picture(tmp_path / "a.png"))
 
 

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from train import demo_data
-from train.audit import trivial_auc
 from train.data import load_split, scan_pictures
 from train.demo_data import GENERATORS, DemoDataConfig, ensure_demo_data
 from train.demo_photographs import PHOTOGRAPHS, load_photograph
 from train.errors import ConfigError, DataError
 from train.resynthesis import ResynthesisConfig
+from train.trivial_features import trivial_auc
 
 TINY = DemoDataConfig(
     train_crops=30,

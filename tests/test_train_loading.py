@@ -107,3 +107,11 @@ def test_picture_smaller_than_the_crop_is_mirrored_outwards():
     view = random_view(rgb, (32, 32), AugmentConfig(), np.random.default_rng(0))
     assert view.shape == (32, 32, 3)
     assert bool((view == 7).all())
+
+
+def test_view_of_a_picture_of_exactly_its_size_leaves_the_decoders_array_alone():
+    rgb = np.zeros((8, 9, 3), dtype=np.uint8)
+    rgb.setflags(write=False)
+    view = random_view(rgb, (8, 9), AugmentConfig(flip=False), np.random.default_rng(0))
+    view += 1
+    assert rgb.max() == 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime.errors import BundleError
 from runtime.manifest import CalibrationSpec
 from runtime.strict_json import from_jsonable
 from train.bootstrap import METRICS, Interval
@@ -19,6 +20,7 @@ from train.report import (
     SetReport,
     Spread,
     percent,
+    report_from_jsonable,
     report_json,
     report_markdown,
     short_table,
@@ -52,6 +54,9 @@ def report() -> EvaluationReport:
         families=(poor, good, bare),
         spread={**dict.fromkeys(METRICS, spread), "auc": None},
         bootstrap_draws=1000,
+        treatment="pictures as they are stored",
+        corrupt_left_out=3,
+        trivial_auc={"poor|x": 0.75, "good": 0.5, "bare": None},
         environment={
             "tool_version": "0.1.0",
             "tool_commit": "c0ffee",
@@ -85,13 +90,33 @@ def test_markdown_maps_the_rates_to_the_papers_names(report: EvaluationReport) -
 
 def test_markdown_prints_not_available_for_one_class(report: EvaluationReport) -> None:
     line = next(line for line in report_markdown(report).splitlines() if line.startswith("| bare |"))
-    assert line == "| bare | 4 | 0 | 8 | n/a | n/a | n/a | n/a | n/a |"
+    assert line == "| bare | 4 | 0 | 8 | n/a | n/a | n/a | n/a | n/a | n/a |"
 
 
 def test_markdown_prints_intervals_and_keeps_columns_apart(report: EvaluationReport) -> None:
     text = report_markdown(report)
     assert "| good | 4 | 4 | 8 | 100.0 [90.0, 100.0] |" in text
     assert "| poor\\|x |" in text
+
+
+def test_trivial_auc_stands_beside_the_detectors_and_what_was_done_is_said(report: EvaluationReport) -> None:
+    text = report_markdown(report)
+    lines = text.splitlines()
+    head = next(line for line in lines if line.startswith("| set | real | fake | originals"))
+    assert head.endswith("| EER | trivial AUC |")
+    assert next(line for line in lines if line.startswith("| poor")).endswith("| 75.0 |")
+    assert "treatment: pictures as they are stored; 3 corrupt pictures left out" in text
+
+
+def test_report_from_before_a_field_existed_is_read_with_what_was_true_then(report: EvaluationReport) -> None:
+    values = json.loads(report_json(report))
+    for name in ("treatment", "corrupt_left_out", "trivial_auc"):
+        del values[name]
+    read = report_from_jsonable(values, subject="report")
+    assert (read.treatment, read.corrupt_left_out, read.trivial_auc) == ("pictures as they are stored", 0, {})
+    del values["pictures"]
+    with pytest.raises(BundleError, match="report: got no field 'pictures'"):
+        report_from_jsonable(values, subject="report")
 
 
 def test_markdown_names_machine_versions_commit_and_data(report: EvaluationReport) -> None:

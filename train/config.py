@@ -19,9 +19,11 @@ from cpp_ext.reference import Denominator, Form
 from runtime.errors import BundleError
 from runtime.strict_json import from_jsonable
 from train.encoder import PACKAGE_ENCODER, PACKAGE_WEIGHTS
+from train.equalize import EqualizeConfig, check_equalize
 from train.errors import ConfigError
 from train.losses import HomReduction, Orthogonality
 from train.model import ClassifierInput
+from train.pictures import CorruptPolicy
 
 Preset = Literal["demo", "paper"]
 DEMO_DATA = "demo"
@@ -125,7 +127,10 @@ class RunConfig:
 
     preset: Annotated[Preset, tyro.conf.Suppress] = "paper"
     data: str = ""
-    """Folder or CSV with a train and a val split; "demo" builds the demo data in data/demo."""
+    """Folder, tar shards, CSV or JSON list with a train and a val split; "demo" builds the demo data in data/demo."""
+    corrupt: CorruptPolicy = "refuse"
+    """Pictures that cannot be decoded: refuse to train, or leave them out and list them in the run's corrupt.json."""
+    equalize: Annotated[EqualizeConfig, tyro.conf.arg(name="")] = field(default_factory=EqualizeConfig)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
     loss: Annotated[LossConfig, tyro.conf.arg(name="")] = field(default_factory=LossConfig)
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")] = field(default_factory=AugmentConfig)
@@ -169,7 +174,8 @@ def config_from_dict(values: object, *, source: str) -> RunConfig:
     """
     complete = _merged(dataclasses.asdict(preset_config("paper")), values)
     try:
-        return from_jsonable(RunConfig, complete, subject=source)
+        # Through JSON, which knows no tuples.
+        return from_jsonable(RunConfig, json.loads(json.dumps(complete)), subject=source)
     except BundleError as error:
         raise ConfigError(
             error.subject,
@@ -236,11 +242,12 @@ def check_config(config: RunConfig) -> None:
     for option, value, holds, wanted in rules:
         if not holds:
             raise ConfigError(option, got=str(value), wanted=wanted, remedy="change this option")
+    check_equalize(config.equalize)
     if not config.data:
         raise ConfigError(
             "--data",
             got="nothing",
-            wanted="a folder or CSV with a train and a val split",
+            wanted="a folder, shards or a list with a train and a val split",
             remedy="pass --data DIR, or --data demo for the demo pictures",
         )
 

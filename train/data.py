@@ -1,30 +1,43 @@
-"""Labelled picture collections: what lies in a folder or a CSV file, read strictly.
+"""Labelled picture collections: what lies in a folder, in tar shards or in a list, read strictly.
 
 Folders: at any depth, the label is the folder called `0_real` | `1_fake`, `real` | `fake` or `nature` | `ai`.
-A split folder (`train`, `val`, `test`) may stand first or second; the generator is the first other folder
-above the label.
+A split folder (`train`, `val`, `test`) may stand first, second or right above the label; the generator is the first
+other folder above the label. So these are read as they are distributed:
+
+    <split>/<generator>/{0_real,1_fake}/                      also without the split, or with class folders between
+    <generator>/{real,fake}/
+    <generator>/{train,val}/{ai,nature}/                      GenImage
+    <generator>/imagenet_ai_<...>/{train,val}/{ai,nature}/    GenImage as its archives unpack
+
+Shards: a folder of uncompressed tar files, `000001.jpg` beside `000001.json` or `000001.cls` (see `train.shards`).
 CSV files: columns `path,label` and optionally `generator`, `family`, `original_id`, `split`.
+JSON files: a list of objects with the same keys; `label` is the number 0 or 1.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.decode import PICTURE_SUFFIXES
 from train.data_csv import (
     LABEL_WORDS,
     SPLIT_WORDS,
+    PictureRow,
     SourceRow,
     read_picture_rows,
     read_source_rows,
     summary,
 )
+from train.data_json import read_picture_entries
+from train.data_shards import SHARD_SUFFIX, is_shard_folder, read_shards
 from train.errors import DataError
+from train.pictures import PictureRecord, PictureSet, relative_path
+
+__all__ = ["PictureRecord", "PictureSet", "load_split", "scan_pictures"]
 
 LAYOUTS = {
     "0_real | 1_fake": ("0_real", "1_fake"),
@@ -32,88 +45,19 @@ LAYOUTS = {
     "nature | ai": ("nature", "ai"),
 }
 LAYOUT_HELP = (
-    "pictures in folders " + ", or ".join(LAYOUTS) + " at any depth, or a CSV file path,label[,generator,split]"
+    "pictures in folders "
+    + ", or ".join(LAYOUTS)
+    + " at any depth, tar shards, a CSV file path,label[,generator,split] or a JSON list of such objects"
 )
+LISTS = {".csv": ("CSV", read_picture_rows), ".json": ("JSON", read_picture_entries)}
 SOURCES_FILE = "sources.csv"
 
 
-@dataclass(frozen=True)
-class PictureRecord:
-    """One labelled picture.
-
-    Attributes:
-        path: absolute path of the file.
-        label: 0 real, 1 fake.
-        generator: the set it is evaluated with.
-        family: family of the generator; the generator's name where it is not known.
-        original_id: picture it was cropped or made from; pictures that share it are resampled together.
-        split: `train`, `val`, `test`, or None where the collection has no splits.
-    """
-
-    path: Path
-    label: int
-    generator: str
-    family: str
-    original_id: str
-    split: str | None
-
-
-@dataclass(frozen=True)
-class PictureSet:
-    """Records in the order of their relative paths (folders) or of their rows (CSV).
-
-    Attributes:
-        root: folder that relative paths count from.
-        layout: how the labels were found, for the reader.
-        records: the pictures.
-        skipped: files that stand among the pictures and have no picture suffix.
-    """
-
-    root: Path
-    layout: str
-    records: tuple[PictureRecord, ...]
-    skipped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def split(self, name: str) -> PictureSet:
-        """The records of one split.
-
-        Raises:
-            DataError: there is no picture of that split.
-        """
-        wanted = SPLIT_WORDS.get(name, name)
-        records = tuple(r for r in self.records if r.split == wanted)
-        if not records:
-            present = sorted({str(r.split) for r in self.records if r.split is not None})
-            raise DataError(
-                f"split {name!r} of {self.root}",
-                got=f"no picture of it; splits there: {', '.join(present) or 'none'}",
-                wanted=f"pictures under {self.root / wanted} or rows with split={wanted}",
-                remedy="name one of the splits that are there, or pass the folder that holds them",
-            )
-        return replace(self, records=records)
-
-    def describe(self) -> str:
-        """A table of what was found, one row per split and generator."""
-        reals = sum(r.label == 0 for r in self.records)
-        head = f"{self.root} ({self.layout}): {len(self):,} pictures, {reals:,} real, {len(self) - reals:,} fake"
-        if self.skipped:
-            head += f"; {self.skipped:,} other files left out"
-        return "\n".join([head, *_table(self.records)])
-
-    def content_sha256(self) -> str:
-        """Hex digest over relative paths, labels and file bytes, independent of the records' order."""
-        lines = sorted(f"{_relative(r.path, self.root)}\0{r.label}\0{_file_sha256(r.path)}" for r in self.records)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def scan_pictures(source: Path | str, *, require_both: bool = True) -> PictureSet:
-    """All labelled pictures below a folder or in a CSV file.
+    """All labelled pictures below a folder, in shards or in a list.
 
     Args:
-        source: folder or `.csv` file.
+        source: folder of pictures or shards, or a `.csv`, `.json` or `.tar` file.
         require_both: refuse a collection that has only real or only fake pictures.
 
     Raises:
@@ -121,32 +65,35 @@ def scan_pictures(source: Path | str, *, require_both: bool = True) -> PictureSe
             file under two labels, in two splits, or twice in one generator.
     """
     source = Path(source)
-    if source.is_dir():
-        found = _scan_folder(Path(os.path.abspath(source)))
-    elif source.suffix.lower() == ".csv" and source.is_file():
-        found = _scan_csv(Path(os.path.abspath(source)))
+    place = Path(os.path.abspath(source))
+    if is_shard_folder(place) or (place.suffix.lower() == SHARD_SUFFIX and place.is_file()):
+        found = read_shards(place)
+    elif source.is_dir():
+        found = _scan_folder(place)
+    elif source.suffix.lower() in LISTS and source.is_file():
+        found = _scan_list(place)
     else:
         raise DataError(
             f"picture collection {source}",
-            got="a file that is not CSV" if source.exists() else "nothing at that path",
+            got="a file that is no CSV, JSON or tar" if source.exists() else "nothing at that path",
             wanted=LAYOUT_HELP,
             remedy="check the path",
         )
     _refuse_contradictions(found)
     if require_both:
-        _require_both_classes(found, str(source))
+        require_both_classes(found, str(source))
     return found
 
 
 def load_split(source: Path | str, split: str, *, require_both: bool = True) -> PictureSet:
-    """The pictures of one split of a folder or CSV file.
+    """The pictures of one split of a collection.
 
     Raises:
         DataError: as `scan_pictures`; or the split is absent, or has one class only while both are required.
     """
     chosen = scan_pictures(source, require_both=require_both).split(split)
     if require_both:
-        _require_both_classes(chosen, f"split {split!r} of {source}")
+        require_both_classes(chosen, f"split {split!r} of {source}")
     return chosen
 
 
@@ -204,9 +151,11 @@ def _record_from_folders(path: Path, root: Path, labels: list[str]) -> PictureRe
             remedy="rename one of the two folders, or list the pictures in a CSV file",
         )
     above = list(relative.parts[: [p.lower() for p in relative.parts].index(labels[0])])
-    split = next((SPLIT_WORDS[part.lower()] for part in above[:2] if part.lower() in SPLIT_WORDS), None)
-    if split is not None:
-        above.remove(next(part for part in above[:2] if part.lower() in SPLIT_WORDS))
+    split = None
+    named = next((part for part in (*above[:2], *above[-1:]) if part.lower() in SPLIT_WORDS), None)
+    if named is not None:
+        split = SPLIT_WORDS[named.lower()]
+        above.remove(named)
     generator = above[0] if above else root.name
     return PictureRecord(path, values.pop(), generator, generator, relative.as_posix(), split)
 
@@ -221,11 +170,11 @@ def _with_sources(root: Path, records: list[PictureRecord]) -> list[PictureRecor
     if not table.is_file():
         return records
     rows = read_source_rows(table)
-    known = {_relative(r.path, root) for r in records}
+    known = {relative_path(r.path, root) for r in records}
     problems = [f"line {row.line}: {path} is not there" for path, row in rows.items() if path not in known]
     enriched = []
     for record in records:
-        row = rows.get(_relative(record.path, root))
+        row = rows.get(relative_path(record.path, root))
         if row is not None and row.label is not None and row.label != record.label:
             problems.append(f"line {row.line}: label {row.label}, but its folder says {record.label}")
         enriched.append(_enriched(record, row, root.name))
@@ -261,20 +210,24 @@ def _with_families_of_fakes(records: list[PictureRecord]) -> list[PictureRecord]
     return [r if r.label else replace(r, family=common.get(r.generator, r.generator)) for r in records]
 
 
-def _scan_csv(table: Path) -> PictureSet:
-    root = table.parent
+def _scan_list(table: Path) -> PictureSet:
+    kind, read = LISTS[table.suffix.lower()]
+    return PictureSet(table.parent, f"{kind} {table.name}", _records_of_rows(read(table), table.parent))
+
+
+def _records_of_rows(rows: list[PictureRow], root: Path) -> tuple[PictureRecord, ...]:
     records = [
         PictureRecord(
             path=row.path,
             label=row.label,
             generator=row.generator or root.name,
             family=row.family or row.generator or root.name,
-            original_id=row.original_id or _relative(row.path, root),
+            original_id=row.original_id or relative_path(row.path, root),
             split=row.split,
         )
-        for row in read_picture_rows(table)
+        for row in rows
     ]
-    return PictureSet(root, f"CSV {table.name}", tuple(_with_families_of_fakes(records)))
+    return tuple(_with_families_of_fakes(records))
 
 
 def _refuse_unlabelled(root: Path, unlabelled: list[str], labelled: int) -> None:
@@ -282,7 +235,7 @@ def _refuse_unlabelled(root: Path, unlabelled: list[str], labelled: int) -> None
         return
     if unlabelled:
         got = f"{len(unlabelled):,} pictures in no label folder ({summary(unlabelled)})"
-        remedy = "move them into label folders, take them out of the folder, or list the pictures in a CSV file"
+        remedy = "move them into label folders, take them out of the folder, or list the pictures in a CSV or JSON file"
     else:
         got = "no picture at all"
         remedy = "check the path; suffixes looked for: " + " ".join(sorted(PICTURE_SUFFIXES))
@@ -313,7 +266,7 @@ def _refuse_contradictions(found: PictureSet) -> None:
         )
 
 
-def _require_both_classes(found: PictureSet, subject: str) -> None:
+def require_both_classes(found: PictureSet, subject: str) -> None:
     counts = Counter(r.label for r in found.records)
     if len(counts) < 2:
         only, missing = ("real", "fake") if 0 in counts else ("fake", "real")
@@ -323,33 +276,3 @@ def _require_both_classes(found: PictureSet, subject: str) -> None:
             wanted=f"pictures of both classes; looked for {missing} ones as {LAYOUT_HELP}",
             remedy=f"add the {missing} pictures or check the folder names",
         )
-
-
-def _table(records: Iterable[PictureRecord]) -> list[str]:
-    groups: dict[tuple[str, str, str], list[PictureRecord]] = {}
-    for r in records:
-        groups.setdefault((r.split or "-", r.generator, r.family), []).append(r)
-    rows = [("split", "generator", "family", "real", "fake", "originals")]
-    for key, members in sorted(groups.items()):
-        fakes = sum(r.label for r in members)
-        originals = len({r.original_id for r in members})
-        rows.append((*key, f"{len(members) - fakes:,}", f"{fakes:,}", f"{originals:,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    return [
-        "  ".join(
-            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-
-
-def _relative(path: Path, root: Path) -> str:
-    return Path(os.path.relpath(path, root)).as_posix()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,4 +1,7 @@
-"""The two CSV forms of a picture collection; every row that cannot be used is named by its line number."""
+"""The two CSV forms of a picture collection; every row that cannot be used is named by its line number.
+
+`row_complaint` and `picture_row` serve every list of pictures, whatever its format.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "va
 
 @dataclass(frozen=True)
 class PictureRow:
-    """One row of a CSV collection; empty strings where a column is absent."""
+    """One row of a list of pictures; empty strings where a column is absent."""
 
     path: Path
     label: int
@@ -55,11 +58,11 @@ def read_picture_rows(table: Path) -> list[PictureRow]:
     problems: list[str] = []
     lines: dict[tuple[Path, str], int] = {}
     for line, cells in _cells(table, needed=("path", "label")):
-        complaint = _complaint(cells, table.parent)
+        complaint = row_complaint(cells, table.parent)
         if complaint:
             problems.append(f"line {line}: {complaint}")
             continue
-        row = _picture_row(cells, table.parent)
+        row = picture_row(cells, table.parent)
         key = (row.path, row.generator)
         if key in lines:
             problems.append(f"line {line}: {cells['path']} is already on line {lines[key]}")
@@ -117,8 +120,8 @@ def _cells(table: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str
         ) from error
 
 
-def _complaint(cells: dict[str, str], root: Path) -> str | None:
-    """Why a row cannot be used, or None."""
+def row_complaint(cells: dict[str, str], root: Path) -> str | None:
+    """Why a row, as text by column, cannot be used, or None."""
     path = root / cells["path"]
     if not cells["path"]:
         return "empty path"
@@ -133,7 +136,8 @@ def _complaint(cells: dict[str, str], root: Path) -> str | None:
     return None
 
 
-def _picture_row(cells: dict[str, str], root: Path) -> PictureRow:
+def picture_row(cells: dict[str, str], root: Path) -> PictureRow:
+    """The row, as text by column, that `row_complaint` found nothing wrong with."""
     return PictureRow(
         Path(os.path.abspath(root / cells["path"])),
         CSV_LABELS[cells["label"].lower()],

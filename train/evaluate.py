@@ -1,11 +1,12 @@
-"""Evaluate a trained detector: `python -m train.evaluate --run runs/NAME --data DIR_OR_CSV`."""
+"""Evaluate a trained detector: `python -m train.evaluate --run runs/NAME --data DIR_OR_LIST`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -14,13 +15,16 @@ from numpy.typing import NDArray
 from runtime.errors import NTFError
 from runtime.manifest import CalibrationSpec
 from train.bootstrap import METRICS, Draws, OriginalsBootstrap, interval
-from train.checkpoint import load_calibration, load_detector, newest_run
-from train.data import PictureRecord, PictureSet, load_split, scan_pictures
+from train.checkpoint import load_calibration, load_detector, newest_run, save_json
+from train.equalize import EqualizeConfig, check_equalize
+from train.integrity import CORRUPT_FILE, checked_split, corrupt_counts
 from train.metrics import Array, detection_metrics
+from train.pictures import CorruptPolicy, PictureRecord, PictureSet
 from train.provenance import environment
 from train.report import FIGURE_FILE, EvaluationReport, SetReport, Spread, short_table, write_report
 from train.report_figure import write_figure
 from train.scoring import score_pictures
+from train.trivial_features import generator_aucs
 
 ALL = "all"
 Scorer = Callable[[Sequence[PictureRecord]], Array]  # raw logits, (N,), in the records' order
@@ -31,13 +35,16 @@ class Options:
     """Metrics per generator and family, as JSON, Markdown and one PNG."""
 
     data: Path
-    """Folder or CSV file with labelled pictures."""
+    """Folder, tar shards, CSV file or JSON list with labelled pictures."""
     run: Path | None = None
     """Run folder; by default the newest below runs/."""
     split: str = "test"
     """Split to score; "all" for a collection without splits."""
     out: Path | None = None
     """Folder of the report; by default RUN/report."""
+    corrupt: CorruptPolicy = "refuse"
+    """Pictures that cannot be decoded: refuse to evaluate, or leave them out and list them in the report."""
+    equalize: Annotated[EqualizeConfig, tyro.conf.arg(name="")] = field(default_factory=EqualizeConfig)
     batch_size: int = 32
     """Pictures in a forward pass."""
     workers: int = 0
@@ -57,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.data,
             split=options.split,
             out=options.out,
+            corrupt=options.corrupt,
+            equalize=options.equalize,
             batch_size=options.batch_size,
             workers=options.workers,
             draws=options.draws,
@@ -75,6 +84,8 @@ def evaluate_run(
     *,
     split: str = "test",
     out: Path | None = None,
+    corrupt: CorruptPolicy = "refuse",
+    equalize: EqualizeConfig | None = None,
     batch_size: int = 32,
     workers: int = 0,
     draws: int = 1000,
@@ -85,9 +96,11 @@ def evaluate_run(
 
     Args:
         run: finished run folder; its calibration.json gives every threshold.
-        data: folder or CSV file.
+        data: collection of labelled pictures.
         split: split to score, or "all".
         out: folder of the report, `run/report` by default.
+        corrupt: what to do where pictures cannot be decoded.
+        equalize: treatment of both classes before they are scored.
         batch_size: pictures in a forward pass.
         workers: processes that decode.
         draws: bootstrap resamplings.
@@ -97,9 +110,12 @@ def evaluate_run(
     Raises:
         NTFError: the run is not finished, or the data cannot be used.
     """
+    equalize = equalize or EqualizeConfig()
+    check_equalize(equalize)
     calibration = load_calibration(run)
-    pictures = scan_pictures(data) if split == ALL else load_split(data, split)
-    print(pictures.describe(), flush=True)
+    wanted = None if split == ALL else split
+    pictures = checked_split(data, wanted, corrupt=corrupt, equalize=equalize, workers=workers, progress=progress)
+    print(pictures.describe(), equalize.describe(), sep="\n", flush=True)
     if scorer is None:
         detector = load_detector(run)
 
@@ -109,7 +125,11 @@ def evaluate_run(
     logits = scorer(pictures.records)
     report = evaluation_report(pictures, logits, calibration, run=str(run), data=str(data), split=split, draws=draws)
     folder = out or run / "report"
-    written = write_report(report, folder)
+    written = list(write_report(report, folder))
+    if pictures.corrupt:
+        listed = {"counts": corrupt_counts(pictures.corrupt), "pictures": [asdict(p) for p in pictures.corrupt]}
+        save_json(folder / CORRUPT_FILE, listed)
+        written.append(folder / CORRUPT_FILE)
     rows = _rows_by(pictures, "generator")
     figure = folder / FIGURE_FILE
     write_figure(figure, logits, _labels(pictures), {e.name: rows[e.name] for e in report.generators}, calibration)
@@ -165,8 +185,16 @@ def evaluation_report(
         families=families,
         spread={name: _spread(name, generators, resampled) for name in METRICS},
         bootstrap_draws=draws,
+        treatment=equalize_of(pictures).describe(),
+        corrupt_left_out=len(pictures.corrupt),
+        trivial_auc=generator_aucs(pictures.records),
         environment=environment(),
     )
+
+
+def equalize_of(pictures: PictureSet) -> EqualizeConfig:
+    """The treatment that the records carry."""
+    return pictures.records[0].equalize or EqualizeConfig()
 
 
 def _spread(name: str, generators: Sequence[SetReport], resampled: Sequence[dict[str, Draws] | None]) -> Spread | None:

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from runtime.decode import decode_picture
 from runtime.preprocess import PreprocessSpec, prepare
 from train.config import AugmentConfig
-from train.data import PictureRecord
+from train.pictures import PictureRecord, load_pixels
 from train.transforms import random_view
 
 
@@ -67,7 +66,7 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor, int]]):
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, int]:
         record, plan = self.records[key.index], self.plan
         rng = np.random.default_rng([plan.seed, plan.stage, key.epoch, key.index])
-        rgb = decode_picture(record.path)
+        rgb = load_pixels(record)
         first = random_view(rgb, plan.first, plan.augment, rng)
         return first, random_view(rgb, plan.second, plan.augment, rng), record.label
 
@@ -103,7 +102,7 @@ class PreparedDataset(Dataset[NDArray[np.uint8]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        return prepare(decode_picture(self.records[index].path), self.spec)
+        return prepare(load_pixels(self.records[index]), self.spec)
 
 
 def batch_count(pictures: int, batch_size: int) -> int:

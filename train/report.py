@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.manifest import CalibrationSpec
+from runtime.strict_json import from_jsonable
 from train.bootstrap import MIN_ORIGINALS, Interval
 from train.checkpoint import write_atomically
 from train.metrics import DetectionMetrics
@@ -65,6 +66,10 @@ class EvaluationReport:
         families: likewise.
         spread: mean, standard deviation, smallest and largest over generators; "ap" gives the mAP.
         bootstrap_draws: resamplings behind the intervals.
+        treatment: what was done to both classes before they were scored, in words.
+        corrupt_left_out: pictures that were left out because they cannot be decoded.
+        trivial_auc: by generator, what features alone reach that have nothing to do with synthesis (`train.audit`);
+            None where a class is missing or has too few originals.
         environment: tool, machine and versions.
     """
 
@@ -78,12 +83,26 @@ class EvaluationReport:
     families: tuple[SetReport, ...]
     spread: dict[str, Spread | None]
     bootstrap_draws: int
+    treatment: str
+    corrupt_left_out: int
+    trivial_auc: dict[str, float | None]
     environment: dict[str, Any]
 
 
 def report_json(report: EvaluationReport) -> str:
     """The whole report as JSON; figures are shares in 0..1, undefined ones null."""
     return json.dumps(asdict(report), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def report_from_jsonable(values: object, *, subject: str) -> EvaluationReport:
+    """A report from plain JSON types; what reports did not say yet when it was written counts as not known.
+
+    Raises:
+        BundleError: an unknown field, a missing one or a value of another type.
+    """
+    if isinstance(values, dict):
+        values = {"treatment": "pictures as they are stored", "corrupt_left_out": 0, "trivial_auc": {}} | values
+    return from_jsonable(EvaluationReport, values, subject=subject)
 
 
 def short_table(report: EvaluationReport) -> str:
@@ -123,11 +142,11 @@ def report_markdown(report: EvaluationReport) -> str:
         f"{c.real_threshold:.4g} (fitted for {percent(c.fake_missed_rate)} % fake missed), `uncertain` between; "
         f"calibrated logit = logit / {c.temperature:.4g} + {c.bias:.4g}.",
         "## Over generators\n\n" + _spread_table(report),
-        "## Generators: ranking\n\n" + _ranking_table(report.generators),
+        "## Generators: ranking\n\n" + _ranking_table(report.generators, report.trivial_auc),
         "## Generators: decisions\n\n" + _decision_table(report.generators),
     ]
     if {e.name for e in report.families} != {e.name for e in report.generators}:
-        sections.append("## Families: ranking\n\n" + _ranking_table(report.families))
+        sections.append("## Families: ranking\n\n" + _ranking_table(report.families, {}))
         sections.append("## Families: decisions\n\n" + _decision_table(report.families))
     sections.append(f"![ROC per generator and reliability]({FIGURE_FILE})")
     sections.append("## Where this comes from\n\n" + _provenance(report))
@@ -171,24 +190,32 @@ def _spread_table(report: EvaluationReport) -> str:
         else:
             mean = _with_interval(s.mean, s.interval)
             rows.append((title, mean, percent(s.std), percent(s.minimum), percent(s.maximum), str(s.generators)))
-    return _markdown_table(("metric", "mean", "std", "min", "max", "generators"), rows)
+    return markdown_table(("metric", "mean", "std", "min", "max", "generators"), rows)
 
 
-def _ranking_table(entries: Sequence[SetReport]) -> str:
-    head = ("set", "real", "fake", "originals", "AP", "AUC", "TPR at 1 %", "TPR at 5 %", "EER")
-    rows = []
+def _ranking_table(entries: Sequence[SetReport], trivial: Mapping[str, float | None]) -> str:
+    head: tuple[str, ...] = ("set", "real", "fake", "originals", "AP", "AUC", "TPR at 1 %", "TPR at 5 %", "EER")
+    rows: list[tuple[str, ...]] = []
     for e in entries:
         m, i = e.metrics, e.intervals
         shares = m.tpr_at_1pct_real_flagged, m.tpr_at_5pct_real_flagged, m.eer
         ranking = _with_interval(m.ap, i.get("ap")), _with_interval(m.auc, i.get("auc"))
         rows.append((e.name, f"{m.real:,}", f"{m.fake:,}", f"{e.originals:,}", *ranking, *map(percent, shares)))
+        if trivial:
+            rows[-1] += (percent(trivial.get(e.name)),)
     note = (
         "TPR at 1 % and 5 %: fakes found while at most that share of this set's own real pictures is flagged. "
         "Intervals: 95 %, by resampling originals; none is given for fewer than "
         f"{MIN_ORIGINALS} originals, where it would look far too narrow. An interval without width says that no draw "
         "held an error, not that there are none."
     )
-    return _markdown_table(head, rows) + "\n\n" + note
+    if trivial:
+        head += ("trivial AUC",)
+        note += (
+            " Trivial AUC: what file format, size, JPEG tables, metadata and file length alone reach on this set, "
+            "cross-validated; a detector's figures mean something where they are above it (`python -m train.audit`)."
+        )
+    return markdown_table(head, rows) + "\n\n" + note
 
 
 def _decision_table(entries: Sequence[SetReport]) -> str:
@@ -219,7 +246,7 @@ def _decision_table(entries: Sequence[SetReport]) -> str:
             m.ece_calibrated,
         )
         rows.append((e.name, *(_with_interval(getattr(m, n), i.get(n)) for n in named), *map(percent, plain)))
-    return _markdown_table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _provenance(report: EvaluationReport) -> str:
@@ -230,6 +257,7 @@ def _provenance(report: EvaluationReport) -> str:
         (
             f"- run: `{report.run}`",
             f"- data: `{report.data}`, SHA-256 of the scored pictures and labels `{report.data_sha256}`",
+            f"- treatment: {report.treatment}; {report.corrupt_left_out:,} corrupt pictures left out",
             f"- tool: {where.get('tool_version')}, commit {where.get('tool_commit')}",
             f"- machine: {machine}",
             f"- versions: {versions}",
@@ -238,6 +266,7 @@ def _provenance(report: EvaluationReport) -> str:
     )
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, the first column to the left and the others to the right."""
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])

@@ -30,12 +30,13 @@ from train.checkpoint import (
     trim_history,
 )
 from train.config import DEMO_DATA, Preset, RunConfig, check_config, config_from_file, preset_config
-from train.data import PictureSet, load_split
 from train.encoder import Encoder, load_encoder, load_exactly, read_state
 from train.errors import CheckpointError, ConfigError
+from train.integrity import CORRUPT_FILE, corrupt_counts, split_of_run
 from train.loss_backend import STATE_KEY, LossBackend, choose_loss_backend, resumed_loss_backend
 from train.metrics import fit_calibration
 from train.model import NTFDetector, TraceModel, detector_from_traces
+from train.pictures import PictureSet
 from train.provenance import environment
 from train.scoring import mean_natural_trace, score_pictures
 from train.stages import DetectorStage, Position, StageLoop, TraceStage
@@ -241,11 +242,11 @@ def load_training_data(config: RunConfig) -> TrainingData:
     """Both splits, after printing what was found.
 
     Raises:
-        DataError: a split is missing, empty or has one class only.
+        DataError: a split is missing, empty, has one class only, or corrupt pictures that may not be left out.
     """
     source = _demo_data() if config.data == DEMO_DATA else Path(config.data)
-    train, validation = load_split(source, "train"), load_split(source, "val")
-    print(train.describe(), validation.describe(), sep="\n")
+    train, validation = (split_of_run(config, source, split) for split in ("train", "val"))
+    print(train.describe(), validation.describe(), config.equalize.describe(), sep="\n")
     hashes = {"train_sha256": train.content_sha256(), "val_sha256": validation.content_sha256()}
     return TrainingData(train, validation, hashes)
 
@@ -263,7 +264,12 @@ def fingerprint(data: TrainingData, backend: LossBackend) -> dict[str, str]:
 
 def write_config(run: Path, config: RunConfig, data: TrainingData, backend: LossBackend) -> None:
     """The resolved configuration with everything that a reader needs to repeat the run."""
-    pictures = {"train_pictures": len(data.train), "val_pictures": len(data.validation)}
+    corrupt = data.train.corrupt + data.validation.corrupt
+    pictures: dict[str, Any] = {"train_pictures": len(data.train), "val_pictures": len(data.validation)}
+    pictures |= {"treatment": config.equalize.describe(), "corrupt_left_out": corrupt_counts(corrupt)}
+    if corrupt:
+        listed = [dataclasses.asdict(picture) for picture in corrupt]
+        save_json(run / CORRUPT_FILE, {"counts": corrupt_counts(corrupt), "pictures": listed})
     save_json(
         run / CONFIG_FILE,
         {

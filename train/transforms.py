@@ -30,7 +30,8 @@ def random_view(
     padded = pad_to(rgb, rows, columns)
     top = int(rng.integers(padded.shape[0] - rows + 1))
     left = int(rng.integers(padded.shape[1] - columns + 1))
-    view = torch.from_numpy(np.ascontiguousarray(padded[top : top + rows, left : left + columns]))
+    # A copy, because a picture of exactly this size is the decoder's own array, which must not be written to.
+    view = torch.from_numpy(padded[top : top + rows, left : left + columns].copy())
     return _augmented(view.permute(2, 0, 1), augment, rng).permute(1, 2, 0).contiguous()
 
 
