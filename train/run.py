@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -33,14 +34,18 @@ from train.config import DEMO_DATA, Preset, RunConfig, check_config, config_from
 from train.data import PictureSet, load_split
 from train.encoder import Encoder, load_encoder, load_exactly, read_state
 from train.errors import CheckpointError, ConfigError
+from train.loop import Position, StageLoop
 from train.loss_backend import STATE_KEY, LossBackend, choose_loss_backend, resumed_loss_backend
 from train.metrics import fit_calibration
 from train.model import NTFDetector, TraceModel, detector_from_traces
 from train.provenance import environment
+from train.ranks import ALONE, Ranks, check_ranks, joined, ranks_from_environment
 from train.scoring import mean_natural_trace, score_pictures
-from train.stages import DetectorStage, Position, StageLoop, TraceStage
+from train.stages import DetectorStage, Stage, TraceStage
 
 RUNS = Path("runs")
+# Key of the number of processes in a checkpoint; other numbers sum gradients in another order.
+PROCESSES_KEY = "processes"
 
 
 @dataclass(frozen=True)
@@ -69,15 +74,49 @@ class TrainingData:
     hashes: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Session:
+    """One start or resume of a run, in one process.
+
+    Attributes:
+        config: of the run.
+        run: its folder.
+        data: both splits.
+        device: where this process computes.
+        saved: the checkpoint to go on from, or None.
+        backend: implementation of Eq. (5).
+        ranks: the processes of the run.
+    """
+
+    config: RunConfig
+    run: Path
+    data: TrainingData
+    device: torch.device
+    saved: dict[str, Any] | None
+    backend: LossBackend
+    ranks: Ranks
+
+    def loop(self, stage: Stage) -> StageLoop:
+        """The loop that trains `stage`, from where the checkpoint stands."""
+        saved = self.saved if self.saved is not None and self.saved["stage"] == stage.number else None
+        position = Position(stage.number) if saved is None else position_of(saved)
+        return StageLoop(stage, self.run, self.config, position, saved, self.fingerprint())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What every checkpoint carries, so that a resume goes on with the same pictures and the same arithmetic."""
+        return self.data.hashes | {STATE_KEY: self.backend.name, PROCESSES_KEY: self.ranks.size}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     try:
+        ranks = ranks_from_environment()
         options = parse_options(sys.argv[1:] if arguments is None else list(arguments))
-        if options.resume is None:
-            # Now, because --overwrite would remove a finished run for one that cannot start.
-            choose_loss_backend(options.run.loss.loss_backend, choose_device(options.run.device).type)
-        run = options.resume or prepare_run_folder(options)
-        train(options.run, run, resume=options.resume is not None)
+        device = choose_device(options.run.device, ranks)
+        check_start(options.run, device, ranks, resume=options.resume is not None)
+        with joined(ranks, device):
+            run = options.resume or ranks.from_first(lambda: prepare_run_folder(options))
+            train(options.run, run, resume=options.resume is not None, ranks=ranks)
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -116,6 +155,23 @@ def parse_options(arguments: list[str]) -> Options:
     return options
 
 
+def check_start(config: RunConfig, device: torch.device, ranks: Ranks, *, resume: bool) -> None:
+    """Refuse what cannot run here before a folder is made or replaced, or another process waited for.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    check_ranks(
+        ranks,
+        batch_sizes={
+            "--stage1.batch-size": config.stage1.batch_size,
+            "--stage2.batch-size": config.stage2.batch_size,
+        },
+    )
+    if not resume:  # a resumed run has its implementation in its checkpoint
+        choose_loss_backend(config.loss.loss_backend, device.type)
+
+
 def prepare_run_folder(options: Options) -> Path:
     """An empty run folder.
 
@@ -137,13 +193,14 @@ def prepare_run_folder(options: Options) -> Path:
     return run
 
 
-def train(config: RunConfig, run: Path, *, resume: bool = False) -> NTFDetector:
+def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = ALONE) -> NTFDetector:
     """Train both stages and calibrate; everything is left in the run folder.
 
     Args:
         config: what to do.
         run: run folder; empty, or with `resume` one that was stopped.
         resume: go on where the last checkpoint stands, to the same numbers as without the stop.
+        ranks: this process among those that train the run; inside of `train.ranks.joined`.
 
     Returns:
         The trained detector in eval mode.
@@ -152,66 +209,57 @@ def train(config: RunConfig, run: Path, *, resume: bool = False) -> NTFDetector:
         NTFError: a configuration, data, checkpoint or training error, in a full sentence.
     """
     check_config(config)
-    device = choose_device(config.device)
+    device = choose_device(config.device, ranks)
     saved = load_state(run) if resume else None
     if saved is None:
         backend = choose_loss_backend(config.loss.loss_backend, device.type)
     else:
         backend = resumed_loss_backend(saved, device.type, run)
-    data = load_training_data(config)
+    data = ranks.from_first(lambda: load_training_data(config))
+    refuse_too_few_pictures(data, ranks)
     if saved is not None:
         refuse_changed_data(saved, data, run)
-        trim_history(run, stage=saved["stage"], epoch=saved["epoch"])
-    else:
-        write_config(run, config, data, backend)
-    print(f"training in {run} on {device}, seed {config.seed}", backend.describe(), sep="\n", flush=True)
+        refuse_other_processes(saved, ranks, run)
+    if ranks.first:
+        if saved is not None:
+            trim_history(run, stage=saved["stage"], epoch=saved["epoch"])
+        else:
+            write_config(run, config, data, backend)
+        print(f"training in {run} on {device}, seed {config.seed}", ranks.describe(), sep=", ")
+        print(backend.describe(), flush=True)
 
-    traces = train_traces(config, run, data, device, saved, backend)
-    detector = train_detector(config, run, data, traces, device, saved, backend)
-    return finish(config, run, data, detector)
+    session = Session(config, run, data, device, saved, backend, ranks)
+    detector = train_detector(session, train_traces(session))
+    return finish(config, run, data, detector) if ranks.first else detector.eval()
 
 
-def train_traces(
-    config: RunConfig,
-    run: Path,
-    data: TrainingData,
-    device: torch.device,
-    saved: dict[str, Any] | None,
-    backend: LossBackend,
-) -> TraceModel:
+def train_traces(session: Session) -> TraceModel:
     """Stage 1, or what an earlier session made of it."""
+    config, run, saved = session.config, session.run, session.saved
     torch.manual_seed(config.seed)
     if saved is not None and saved["stage"] > 1:
         model = TraceModel(Encoder(config.model.encoder), config.model.embedding_dim)
         path = require_run_file(run, STAGE1_FILE)
         load_exactly(model, read_state(path), source=path)
-        return model.to(device)
+        return model.to(session.device)
     encoder = load_encoder(config.model.encoder, config.model.encoder_weights)
-    model = TraceModel(encoder, config.model.embedding_dim).to(device)
-    position = Position() if saved is None else position_of(saved)
-    stage = TraceStage(model, data.train.records, config)
-    StageLoop(stage, run, config, position, saved, fingerprint(data, backend)).train()
-    save_weights(run / STAGE1_FILE, model)
+    model = TraceModel(encoder, config.model.embedding_dim).to(session.device)
+    session.loop(TraceStage(model, session.data.train.records, config, session.ranks)).train()
+    if session.ranks.first:
+        save_weights(run / STAGE1_FILE, model)
     return model
 
 
-def train_detector(
-    config: RunConfig,
-    run: Path,
-    data: TrainingData,
-    traces: TraceModel,
-    device: torch.device,
-    saved: dict[str, Any] | None,
-    backend: LossBackend,
-) -> NTFDetector:
+def train_detector(session: Session, traces: TraceModel) -> NTFDetector:
     """Stage 2 on the frozen encoder."""
+    config, data = session.config, session.data
     torch.manual_seed(config.seed + 1)
     model = config.model
-    detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input).to(device)
-    mine = saved if saved is not None and saved["stage"] == 2 else None
-    position = Position(stage=2) if mine is None else position_of(mine)
-    stage = DetectorStage(detector, data.train.records, config, data.validation.records, backend.name)
-    StageLoop(stage, run, config, position, mine, fingerprint(data, backend)).train()
+    detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input).to(session.device)
+    stage = DetectorStage(
+        detector, data.train.records, config, data.validation.records, session.backend.name, session.ranks
+    )
+    session.loop(stage).train()
     return detector
 
 
@@ -256,11 +304,6 @@ def _demo_data() -> Path:
     return ensure_demo_data()
 
 
-def fingerprint(data: TrainingData, backend: LossBackend) -> dict[str, str]:
-    """What every checkpoint carries, so that a resume goes on with the same pictures and the same arithmetic."""
-    return data.hashes | {STATE_KEY: backend.name}
-
-
 def write_config(run: Path, config: RunConfig, data: TrainingData, backend: LossBackend) -> None:
     """The resolved configuration with everything that a reader needs to repeat the run."""
     pictures = {"train_pictures": len(data.train), "val_pictures": len(data.validation)}
@@ -290,19 +333,61 @@ def refuse_changed_data(saved: dict[str, Any], data: TrainingData, run: Path) ->
             )
 
 
+def refuse_other_processes(saved: dict[str, Any], ranks: Ranks, run: Path) -> None:
+    """Refuse to go on with another number of processes, whose sums end in other bits.
+
+    Raises:
+        CheckpointError: the number differs.
+    """
+    began = int(saved.get(PROCESSES_KEY, 1))  # checkpoints from before there could be several do not say
+    if began != ranks.size:
+        start = f"torchrun --nproc-per-node {began} -m train.run" if began > 1 else "python -m train.run"
+        raise CheckpointError(
+            f"--resume {run}",
+            got=f"{ranks.size} processes",
+            wanted=f"{began}, with which the run began",
+            remedy=f"resume it with {start} --resume {run}, or start a new run",
+        )
+
+
+def refuse_too_few_pictures(data: TrainingData, ranks: Ranks) -> None:
+    """Refuse a data set that has fewer real training pictures than there are processes.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    reals = sum(record.label == 0 for record in data.train.records)
+    if ranks.size > reals:
+        raise ConfigError(
+            f"{ranks.size} processes",
+            got=f"{reals} real training pictures",
+            wanted="at least one for every process",
+            remedy="start fewer processes with torchrun --nproc-per-node",
+        )
+
+
 def position_of(saved: dict[str, Any]) -> Position:
     """Where a checkpoint stands."""
     return Position(saved["stage"], saved["epoch"], saved["step"], dict(saved["sums"]))
 
 
-def choose_device(name: str) -> torch.device:
-    """The torch device that was asked for.
+def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The torch device that was asked for; several processes on one machine take a GPU each.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it is not there, or several processes would have to share one GPU.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.local_size > 1 and name.startswith("cuda"):
+        if name != "cuda" or ranks.local_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"--device {name}",
+                got=f"{ranks.local_size} processes and {torch.cuda.device_count()} GPUs on this machine",
+                wanted="--device cuda or auto, and one GPU for each process",
+                remedy="start as many processes as there are GPUs with torchrun --nproc-per-node, or pass --device cpu",
+            )
+        name = f"cuda:{ranks.local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -317,4 +402,9 @@ def choose_device(name: str) -> torch.device:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status and "WORLD_SIZE" in os.environ:
+        # Threads of a broken process group would keep this process from ending, and torchrun from ending the others.
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
