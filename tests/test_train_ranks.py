@@ -29,7 +29,7 @@ from train.run import choose_device, main, refuse_other_processes, train
 
 TIMEOUT_S = 120
 # Largest difference from one process, relative to the largest weight of a tensor, after the whole run. A frozen encoder
-# leaves the order of sums as the only difference; measured 2e-7 for weights and 5e-7 for the loss curve.
+# leaves the order of sums as the only difference; measured 5e-7.
 SAME = 5e-6
 # An encoder trained in train mode normalises the rows of each process by their own statistics; measured 3 % of the loss
 # with 4 and 3 pictures, and less with more. It is another computation, not an error: --sync-batch-norm is for GPUs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -22,15 +23,19 @@ from train.checkpoint import (
     CONFIG_FILE,
     STAGE1_FILE,
     STAGE2_FILE,
+    STATE_FILE,
+    TEMPORARIES,
     load_config,
+    load_start,
     load_state,
+    remove_temporaries,
     require_run_file,
     save_calibration,
     save_json,
     save_weights,
     trim_history,
 )
-from train.config import DEMO_DATA, Preset, RunConfig, check_config, config_from_file, preset_config
+from train.config import DEMO_DATA, Preset, RunConfig, check_config, config_from_dict, config_from_file, preset_config
 from train.data import PictureSet, load_split
 from train.encoder import Encoder, load_encoder, load_exactly, read_state
 from train.errors import CheckpointError, ConfigError
@@ -46,6 +51,8 @@ from train.stages import DetectorStage, Stage, TraceStage
 RUNS = Path("runs")
 # Key of the number of processes in a checkpoint; other numbers sum gradients in another order.
 PROCESSES_KEY = "processes"
+# Key of the configuration in a checkpoint, as JSON.
+CONFIG_KEY = "config"
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ class Session:
 
     def fingerprint(self) -> dict[str, Any]:
         """What every checkpoint carries, so that a resume goes on with the same pictures and the same arithmetic."""
-        return self.data.hashes | {STATE_KEY: self.backend.name, PROCESSES_KEY: self.ranks.size}
+        arithmetic = {STATE_KEY: self.backend.name, PROCESSES_KEY: self.ranks.size}
+        return self.data.hashes | arithmetic | {CONFIG_KEY: json.dumps(dataclasses.asdict(self.config))}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,6 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train(options.run, run, resume=options.resume is not None, ranks=ranks)
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}: correct it and go on with --resume; the last checkpoint is whole", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; go on with python -m train.run --resume RUN", file=sys.stderr)
@@ -180,7 +191,8 @@ def prepare_run_folder(options: Options) -> Path:
     """
     name = f"{options.run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = options.out or RUNS / name
-    if run.exists() and any(run.iterdir()):
+    # A run that was killed before it had a configuration has nothing to resume and may be started again.
+    if run.exists() and {path.name for path in run.iterdir()} - {path.name for path in run.glob(TEMPORARIES)}:
         if not options.overwrite or not (run / CONFIG_FILE).is_file():
             raise ConfigError(
                 f"--out {run}",
@@ -210,25 +222,30 @@ def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = 
     """
     check_config(config)
     device = choose_device(config.device, ranks)
-    saved = load_state(run) if resume else None
-    if saved is None:
+    saved = load_state(run) if resume and (run / STATE_FILE).is_file() else None
+    # A run that was stopped before its first checkpoint begins again, as it began.
+    begun = saved if saved is not None or not resume else load_start(run)
+    if begun is None:
         backend = choose_loss_backend(config.loss.loss_backend, device.type)
     else:
-        backend = resumed_loss_backend(saved, device.type, run)
+        refuse_changed_config(begun, config, run)
+        refuse_other_processes(begun, ranks, run)
+        backend = resumed_loss_backend(begun, device.type, run)
     data = ranks.from_first(lambda: load_training_data(config))
     refuse_too_few_pictures(data, ranks)
-    if saved is not None:
-        refuse_changed_data(saved, data, run)
-        refuse_other_processes(saved, ranks, run)
+    session = Session(config, run, data, device, saved, backend, ranks)
+    if begun is not None:
+        refuse_changed_data(begun, data, run)
     if ranks.first:
-        if saved is not None:
-            trim_history(run, stage=saved["stage"], epoch=saved["epoch"])
+        remove_temporaries(run)
+        if begun is None:
+            write_config(session)
         else:
-            write_config(run, config, data, backend)
+            stage, epoch = (saved["stage"], saved["epoch"]) if saved is not None else (1, 0)
+            trim_history(run, stage=stage, epoch=epoch)
         print(f"training in {run} on {device}, seed {config.seed}", ranks.describe(), sep=", ")
         print(backend.describe(), flush=True)
 
-    session = Session(config, run, data, device, saved, backend, ranks)
     detector = train_detector(session, train_traces(session))
     return finish(config, run, data, detector) if ranks.first else detector.eval()
 
@@ -304,17 +321,50 @@ def _demo_data() -> Path:
     return ensure_demo_data()
 
 
-def write_config(run: Path, config: RunConfig, data: TrainingData, backend: LossBackend) -> None:
+def write_config(session: Session) -> None:
     """The resolved configuration with everything that a reader needs to repeat the run."""
+    data, backend = session.data, session.backend
     pictures = {"train_pictures": len(data.train), "val_pictures": len(data.validation)}
+    start = {key: value for key, value in session.fingerprint().items() if key != CONFIG_KEY}
     save_json(
-        run / CONFIG_FILE,
+        session.run / CONFIG_FILE,
         {
-            "config": dataclasses.asdict(config),
+            "config": dataclasses.asdict(session.config),
             "data": data.hashes | pictures,
             "environment": environment() | {"loss_backend": dataclasses.asdict(backend)},
+            "start": start,
         },
     )
+
+
+def refuse_changed_config(begun: dict[str, Any], config: RunConfig, run: Path) -> None:
+    """Refuse to go on with another configuration than the run began with.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    if CONFIG_KEY not in begun:  # checkpoints from before it was kept
+        return
+    source = f"--resume {run}"
+    kept = _flat(dataclasses.asdict(config_from_dict(json.loads(begun[CONFIG_KEY]), source=source)))
+    now = _flat(dataclasses.asdict(config))
+    changed = [name for name in now if now[name] != kept[name]]
+    if changed:
+        shown = changed[:3]
+        raise CheckpointError(
+            source,
+            got=", ".join(f"{name} = {now[name]}" for name in shown),
+            wanted="what the run began with, " + ", ".join(f"{name} = {kept[name]}" for name in shown),
+            remedy=f"restore its {CONFIG_FILE}, or start a new run with --config {run / CONFIG_FILE}",
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def refuse_changed_data(saved: dict[str, Any], data: TrainingData, run: Path) -> None:
