@@ -110,6 +110,20 @@ class Stage2Config:
 
 
 @dataclass(frozen=True)
+class ComputeConfig:
+    """How training computes; scores and the shipped model are float32 whatever it says."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs convolutions and linear layers under autocast; rows, losses and parameters stay float32."""
+    channels_last: bool = False
+    """Keep the weights of convolutions in channels-last order."""
+    compile: bool = False
+    """Run the encoder through torch.compile: slow to start, one graph for each batch size."""
+    sync_batch_norm: bool = False
+    """Batch-norm statistics over all processes; GPUs only. Without it each process takes those of its own rows."""
+
+
+@dataclass(frozen=True)
 class DecisionConfig:
     """How the verdict's thresholds are fitted on validation pictures."""
 
@@ -130,6 +144,7 @@ class RunConfig:
     loss: Annotated[LossConfig, tyro.conf.arg(name="")] = field(default_factory=LossConfig)
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")] = field(default_factory=AugmentConfig)
     decision: Annotated[DecisionConfig, tyro.conf.arg(name="")] = field(default_factory=DecisionConfig)
+    compute: Annotated[ComputeConfig, tyro.conf.arg(name="")] = field(default_factory=ComputeConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     seed: int = 0

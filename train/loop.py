@@ -27,7 +27,7 @@ from train.checkpoint import STATE_FILE, append_history, save_state
 from train.config import RunConfig
 from train.errors import TrainingError
 from train.loading import ViewBatch
-from train.stages import Stage
+from train.stages import DEGENERATE, Stage
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Position:
     epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 class StageLoop:
@@ -125,9 +126,12 @@ class StageLoop:
         loss.backward()
         self.optimizer.step()
         self.scheduler.step()
+        sums, counts = self.position.sums, self.position.counts
         for name, value in losses.items():
-            total = self.position.sums.get(name, 0.0)
-            self.position.sums[name] = total + value.item() * pictures
+            if value.dtype == torch.bool:
+                counts[name] = counts.get(name, 0) + int(value)
+            else:
+                sums[name] = sums.get(name, 0.0) + value.item() * pictures
 
     def _finish_epoch(self, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
         stage, position = self.stage, self.position
@@ -135,28 +139,36 @@ class StageLoop:
         stage.ranks.share_buffers(stage.model)
         means = {name: total / len(stage.records) for name, total in position.sums.items()}
         figures, warnings = stage.epoch_report()
+        degenerate = {name: count for name, count in position.counts.items() if count}
+        warnings += [f"{count} of {stage.steps} batches {DEGENERATE[name]}" for name, count in degenerate.items()]
         record = {"stage": stage.number, "epoch": position.epoch, "lr": self.scheduler.get_last_lr()[0]}
-        record |= means | figures | {"seconds": round(seconds, 3)}
+        record |= means | figures | position.counts | {"seconds": round(seconds, 3)}
         if stage.ranks.first:
             append_history(self.run, record)
             shown = "  ".join(f"{name} {value:.4f}" for name, value in (means | figures).items())
             say(f"stage {stage.number} epoch {position.epoch + 1}/{stage.settings.epochs}  {shown}  {seconds:.0f} s")
             for warning in warnings:
                 say(f"warning: {warning}")
-        position.epoch, position.step, position.sums = position.epoch + 1, 0, {}
+        position.epoch, position.step, position.sums, position.counts = position.epoch + 1, 0, {}, {}
         self.save()
         return record
 
     def save(self) -> None:
-        """Write everything that an exact resume needs; the first process does."""
+        """Write everything that an exact resume needs; the first process does.
+
+        Raises:
+            TrainingError: a weight is not finite; the last checkpoint stays.
+        """
         if not self.stage.ranks.first:
             return
+        self._refuse_broken_weights()
         position = self.position
         state = {
             "stage": position.stage,
             "epoch": position.epoch,
             "step": position.step,
             "sums": dict(position.sums),
+            "counts": dict(position.counts),
             "model": self.stage.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -164,6 +176,17 @@ class StageLoop:
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
         save_state(self.run / STATE_FILE, state | self.fingerprint)
+
+    def _refuse_broken_weights(self) -> None:
+        """A finite loss may still have an infinite gradient, and would spoil the last good checkpoint."""
+        for name, value in self.stage.model.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise TrainingError(
+                    f"stage {self.stage.number}, epoch {self.position.epoch}, batch {self.position.step}",
+                    got=f"values in {name} that are not finite",
+                    wanted="finite weights",
+                    remedy=f"lower --stage{self.stage.number}.lr or raise --temperature; the last checkpoint is kept",
+                )
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.stage.model.load_state_dict(saved["model"])

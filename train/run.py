@@ -35,6 +35,7 @@ from train.checkpoint import (
     save_weights,
     trim_history,
 )
+from train.compute import check_compute, prepare_model
 from train.config import DEMO_DATA, Preset, RunConfig, check_config, config_from_dict, config_from_file, preset_config
 from train.data import PictureSet, load_split
 from train.encoder import Encoder, load_encoder, load_exactly, read_state
@@ -179,6 +180,7 @@ def check_start(config: RunConfig, device: torch.device, ranks: Ranks, *, resume
             "--stage2.batch-size": config.stage2.batch_size,
         },
     )
+    check_compute(config.compute, device, ranks)
     if not resume:  # a resumed run has its implementation in its checkpoint
         choose_loss_backend(config.loss.loss_backend, device.type)
 
@@ -261,6 +263,7 @@ def train_traces(session: Session) -> TraceModel:
         return model.to(session.device)
     encoder = load_encoder(config.model.encoder, config.model.encoder_weights)
     model = TraceModel(encoder, config.model.embedding_dim).to(session.device)
+    prepare_model(model, config.compute)
     session.loop(TraceStage(model, session.data.train.records, config, session.ranks)).train()
     if session.ranks.first:
         save_weights(run / STAGE1_FILE, model)
@@ -273,6 +276,7 @@ def train_detector(session: Session, traces: TraceModel) -> NTFDetector:
     torch.manual_seed(config.seed + 1)
     model = config.model
     detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input).to(session.device)
+    prepare_model(detector, config.compute)
     stage = DetectorStage(
         detector, data.train.records, config, data.validation.records, session.backend.name, session.ranks
     )
@@ -282,7 +286,8 @@ def train_detector(session: Session, traces: TraceModel) -> NTFDetector:
 
 def finish(config: RunConfig, run: Path, data: TrainingData, detector: NTFDetector) -> NTFDetector:
     """Store the mean natural trace and fit temperature, bias and thresholds on the validation pictures."""
-    detector.eval()
+    # As `load_detector` has it, so that thresholds are those of the model that is shipped.
+    detector.eval().to(memory_format=torch.contiguous_format)
     reals = [record for record in data.train.records if record.label == 0]
     detector.mean_trace.copy_(mean_natural_trace(detector, reals, workers=config.workers))
     save_weights(run / STAGE2_FILE, detector)
@@ -418,7 +423,7 @@ def refuse_too_few_pictures(data: TrainingData, ranks: Ranks) -> None:
 
 def position_of(saved: dict[str, Any]) -> Position:
     """Where a checkpoint stands."""
-    return Position(saved["stage"], saved["epoch"], saved["step"], dict(saved["sums"]))
+    return Position(saved["stage"], saved["epoch"], saved["step"], dict(saved["sums"]), dict(saved.get("counts", {})))
 
 
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cpp_ext import gathered_soft_contrastive_loss
 from cpp_ext.ops import Implementation
+from train.compute import autocast, compiled
 from train.config import RunConfig, Stage1Config, Stage2Config
 from train.data import PictureRecord
 from train.errors import ConfigError
@@ -28,6 +29,14 @@ COLLAPSE_STD_SHARE = 0.03
 # One direction has rank 1; below 2 the homogeneous features say the same of every picture.
 COLLAPSE_RANK = 2.0
 SPREAD_PICTURES = 256
+
+# Boolean entries of `Stage.losses` count batches in which a loss has nothing to work on, and what that means.
+ONE_PICTURE, ONE_CLASS, NO_REAL = "one_picture_batches", "one_class_batches", "no_real_batches"
+DEGENERATE = {
+    ONE_PICTURE: "had one picture alone: no other to be compared with in Eqs. (1) and (2)",
+    ONE_CLASS: "had one class alone: nothing to tell apart",
+    NO_REAL: "had no real picture, so no natural traces and no contrastive loss",
+}
 
 
 class Stage(ABC):
@@ -62,6 +71,8 @@ class Stage(ABC):
     @abstractmethod
     def losses(self, batch: ViewBatch, pictures: int) -> dict[str, Tensor]:
         """Scalars of a joint batch of so many pictures, alike in all processes; "loss" is the one that is minimised.
+
+        Boolean ones are those of `DEGENERATE`, which are counted.
 
         Args:
             batch: this process's part.
@@ -114,6 +125,7 @@ class TraceStage(Stage):
         self.records = [record for record in records if record.label == 0]
         self.config, self.ranks = config, ranks
         self.settings = config.stage1
+        self.embed = compiled(model.embed, config.compute)
         size = model.encoder.input_size
         self.plan = ViewPlan(config.seed, 1, size, size, config.augment)
 
@@ -126,7 +138,10 @@ class TraceStage(Stage):
         self.model.encoder.train(self.config.stage1.train_encoder)
 
     def losses(self, batch: ViewBatch, pictures: int) -> dict[str, Tensor]:
-        z_hom, z_het = self._joint_rows(*self.model(torch.cat((batch.first, batch.second))), pictures)
+        with autocast(self.config.compute, self.device):
+            embeddings = self.embed(torch.cat((batch.first, batch.second)))
+            own = self.model.head_hom(embeddings), self.model.head_het(embeddings)
+        z_hom, z_het = self._joint_rows(*own, pictures)
         loss = self.config.loss
         result = natural_trace_loss(
             z_hom,
@@ -142,6 +157,7 @@ class TraceStage(Stage):
             "homogeneous": result.homogeneous,
             "heterogeneous": result.heterogeneous,
             "orthogonality": result.orthogonality,
+            ONE_PICTURE: torch.tensor(pictures == 1),
         }
 
     def _joint_rows(self, z_hom: Tensor, z_het: Tensor, pictures: int) -> tuple[Tensor, Tensor]:
@@ -202,6 +218,7 @@ class DetectorStage(Stage):
         self.validation = validation
         self.config, self.ranks = config, ranks
         self.settings = config.stage2
+        self.embed = compiled(model.embed, config.compute)
         self.loss_backend = loss_backend
         crop = config.stage2.scl_crop
         if model.encoder.fixed_input_size and (crop, crop) != model.input_size:
@@ -224,15 +241,18 @@ class DetectorStage(Stage):
     def losses(self, batch: ViewBatch, pictures: int) -> dict[str, Tensor]:
         model, loss = self.model, self.config.loss
         rows = self.ranks.counts(pictures)[self.ranks.rank]
-        with torch.no_grad():
-            embeddings = model.embed(batch.first)[:rows]
-            crops = model.embed(batch.second)[:rows]
+        with torch.no_grad(), autocast(self.config.compute, self.device):
+            embeddings = self.embed(batch.first).float()[:rows]
+            crops = self.embed(batch.second).float()[:rows]
             labels = batch.labels[:rows]
             real = labels == 0
             seen = embeddings if self.config.stage2.trace_crop == "input" else crops
             traces = model.head_hom(seen[real])
+        with autocast(self.config.compute, self.device):
+            z = model.projection(crops)
+            own_logits = model.classify(embeddings, model.projection(embeddings)).float()
         contrastive = gathered_soft_contrastive_loss(
-            model.projection(crops),
+            z,
             labels,
             traces,
             temperature=loss.temperature,
@@ -241,13 +261,15 @@ class DetectorStage(Stage):
             denominator=loss.scl_denominator,
             backend=self.loss_backend,
         )
-        logits = self.ranks.joint(model.classify(embeddings, model.projection(embeddings)), pictures)
+        logits = self.ranks.joint(own_logits, pictures)
         labels = self.ranks.joint(labels, pictures)
         result = detector_loss(contrastive, logits, labels, gamma=loss.gamma)
         return {
             "loss": result.total,
             "contrastive": result.contrastive,
             "classification": result.classification,
+            ONE_CLASS: (labels == labels[0]).all(),
+            NO_REAL: (labels == 1).all(),
             "accuracy": ((logits > 0) == (labels == 1)).float().mean(),
         }
 
