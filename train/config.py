@@ -124,6 +124,19 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Embeddings of the frozen encoder that stage 2 need not compute again."""
+
+    cached_views: int = 0
+    """Different views of a picture that stage 2 goes through, epoch by epoch, with or without --cache-features; 0 draws
+    new ones in each epoch."""
+    cache_features: bool = False
+    """Keep stage 2's embeddings on disk; results are those without. It pays with --cached-views below the epochs."""
+    cache_dir: str = ""
+    """Folder of the cache, which runs on the same pictures and encoder may share; default: in the run folder."""
+
+
+@dataclass(frozen=True)
 class DecisionConfig:
     """How the verdict's thresholds are fitted on validation pictures."""
 
@@ -145,6 +158,7 @@ class RunConfig:
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")] = field(default_factory=AugmentConfig)
     decision: Annotated[DecisionConfig, tyro.conf.arg(name="")] = field(default_factory=DecisionConfig)
     compute: Annotated[ComputeConfig, tyro.conf.arg(name="")] = field(default_factory=ComputeConfig)
+    cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     seed: int = 0
@@ -228,6 +242,7 @@ def check_config(config: RunConfig) -> None:
         ("--workers", config.workers, config.workers >= 0, "0 or more"),
         ("--seed", config.seed, config.seed >= 0, "0 or more"),
         ("--checkpoint-steps", config.checkpoint_steps, config.checkpoint_steps >= 0, "0 or more"),
+        ("--cached-views", config.cache.cached_views, config.cache.cached_views >= 0, "0 or more"),
         ("--stage2.scl-crop", config.stage2.scl_crop, config.stage2.scl_crop > 0, positive),
         (
             "--real-flagged-rate",

@@ -26,8 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from train.checkpoint import STATE_FILE, append_history, save_state
 from train.config import RunConfig
 from train.errors import TrainingError
-from train.loading import ViewBatch
-from train.stages import DEGENERATE, Stage
+from train.stages import DEGENERATE, Batch, Stage
 
 
 @dataclass
@@ -111,7 +110,7 @@ class StageLoop:
             if every and position.step % every == 0 and position.step < stage.steps:
                 self.save()
 
-    def _train_batch(self, batch: ViewBatch) -> None:
+    def _train_batch(self, batch: Batch) -> None:
         pictures = self.stage.pictures(self.position.step)
         losses = self.losses(batch, pictures)
         loss = losses["loss"]
@@ -205,7 +204,7 @@ class _Losses(nn.Module):
         self.model = stage.model
         self._losses = stage.losses
 
-    def forward(self, batch: ViewBatch, pictures: int) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
         return self._losses(batch, pictures)
 
 

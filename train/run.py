@@ -40,6 +40,7 @@ from train.config import DEMO_DATA, Preset, RunConfig, check_config, config_from
 from train.data import PictureSet, load_split
 from train.encoder import Encoder, load_encoder, load_exactly, read_state
 from train.errors import CheckpointError, ConfigError
+from train.feature_cache import FeatureCache, cache_key
 from train.loop import Position, StageLoop
 from train.loss_backend import STATE_KEY, LossBackend, choose_loss_backend, resumed_loss_backend
 from train.metrics import fit_calibration
@@ -47,7 +48,7 @@ from train.model import NTFDetector, TraceModel, detector_from_traces
 from train.provenance import environment
 from train.ranks import ALONE, Ranks, check_ranks, joined, ranks_from_environment
 from train.scoring import mean_natural_trace, score_pictures
-from train.stages import DetectorStage, Stage, TraceStage
+from train.stages import DetectorStage, Stage, StageCache, TraceStage, stage2_plan
 
 RUNS = Path("runs")
 # Key of the number of processes in a checkpoint; other numbers sum gradients in another order.
@@ -181,6 +182,13 @@ def check_start(config: RunConfig, device: torch.device, ranks: Ranks, *, resume
         },
     )
     check_compute(config.compute, device, ranks)
+    if config.cache.cache_features and ranks.local_size < ranks.size:
+        raise ConfigError(
+            "--cache-features",
+            got="processes on several machines",
+            wanted="one machine, whose processes map the same file",
+            remedy="leave it out",
+        )
     if not resume:  # a resumed run has its implementation in its checkpoint
         choose_loss_backend(config.loss.loss_backend, device.type)
 
@@ -278,10 +286,44 @@ def train_detector(session: Session, traces: TraceModel) -> NTFDetector:
     detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input).to(session.device)
     prepare_model(detector, config.compute)
     stage = DetectorStage(
-        detector, data.train.records, config, data.validation.records, session.backend.name, session.ranks
+        detector,
+        data.train.records,
+        config,
+        data.validation.records,
+        session.backend.name,
+        session.ranks,
+        open_cache(session, detector),
     )
     session.loop(stage).train()
     return detector
+
+
+def open_cache(session: Session, detector: NTFDetector) -> StageCache | None:
+    """The cache of stage 2's embeddings where the configuration asks for one; made by the first process.
+
+    Raises:
+        ConfigError: the disk has no room for it.
+    """
+    config, records = session.config, session.data.train.records
+    if not config.cache.cache_features:
+        return None
+    plan = stage2_plan(config, detector.input_size)
+    arithmetic = [dataclasses.asdict(config.compute), session.device.type]
+    key = cache_key(session.data.hashes["train_sha256"], records, detector.encoder, plan, arithmetic)
+    path = Path(config.cache.cache_dir or session.run / "cache") / key.name()
+    draws = config.cache.cached_views or config.stage2.epochs
+
+    def opened() -> FeatureCache:
+        return FeatureCache(path, draws=draws, pictures=len(records), width=detector.encoder.width)
+
+    def make() -> None:
+        size = opened().size_bytes
+        print(f"caching embeddings of {draws} views of {len(records):,} pictures in {path}, {size / 1e6:,.1f} MB")
+        if draws >= config.stage2.epochs:
+            print("note: no view comes twice in this run, so it is not faster: --cached-views sets how many there are")
+
+    session.ranks.from_first(make)
+    return StageCache(opened())
 
 
 def finish(config: RunConfig, run: Path, data: TrainingData, detector: NTFDetector) -> NTFDetector:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
@@ -17,11 +20,12 @@ from train.compute import autocast, compiled
 from train.config import RunConfig, Stage1Config, Stage2Config
 from train.data import PictureRecord
 from train.errors import ConfigError
-from train.loading import ViewBatch, ViewPlan, batch_count, prepared_loader, view_loader
+from train.feature_cache import FeatureCache
+from train.loading import EpochBatches, ViewBatch, ViewPlan, batch_count, prepared_loader, view_loader
 from train.losses import detector_loss, natural_trace_loss, spread_of
 from train.model import NTFDetector, TraceModel, freeze_natural_traces
 from train.ranks import ALONE, Ranks
-from train.scoring import preprocess_spec, score_pictures
+from train.scoring import embed_pictures, preprocess_spec, score_embeddings, score_pictures
 
 # Rows all over the sphere have a standard deviation of 1 / sqrt(C) a dimension. Eq. (2) pulls them together on purpose;
 # at 3 % of it the mean squared distance of two rows is 0.002 of at most 4, and they say the same of every picture.
@@ -37,6 +41,17 @@ DEGENERATE = {
     ONE_CLASS: "had one class alone: nothing to tell apart",
     NO_REAL: "had no real picture, so no natural traces and no contrastive loss",
 }
+
+
+class FeatureBatch(NamedTuple):
+    """Embeddings of two views of each of B pictures."""
+
+    first: Tensor  # (B, d)
+    second: Tensor  # (B, d)
+    labels: Tensor  # (B,) int64
+
+
+Batch = ViewBatch | FeatureBatch
 
 
 class Stage(ABC):
@@ -69,7 +84,7 @@ class Stage(ABC):
         """Train mode for what is trained, eval mode for what is frozen."""
 
     @abstractmethod
-    def losses(self, batch: ViewBatch, pictures: int) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
         """Scalars of a joint batch of so many pictures, alike in all processes; "loss" is the one that is minimised.
 
         Boolean ones are those of `DEGENERATE`, which are counted.
@@ -93,8 +108,12 @@ class Stage(ABC):
         size = self.settings.batch_size
         return min(size, len(self.records) - step * size)
 
-    def batches(self, epoch: int, start: int) -> Iterator[ViewBatch]:
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """This process's parts of the batches of an epoch, from batch `start` on, on the model's device."""
+        yield from self.view_batches(epoch, start)
+
+    def view_batches(self, epoch: int, start: int) -> Iterator[ViewBatch]:
+        """The same, as pixels."""
         loader = view_loader(
             self.records,
             self.plan,
@@ -137,7 +156,7 @@ class TraceStage(Stage):
         self.model.train()
         self.model.encoder.train(self.config.stage1.train_encoder)
 
-    def losses(self, batch: ViewBatch, pictures: int) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
         with autocast(self.config.compute, self.device):
             embeddings = self.embed(torch.cat((batch.first, batch.second)))
             own = self.model.head_hom(embeddings), self.model.head_het(embeddings)
@@ -200,6 +219,7 @@ class DetectorStage(Stage):
         validation: pictures to score after each epoch.
         loss_backend: implementation of Eq. (5).
         ranks: the processes that train it together.
+        cache: embeddings that were computed before, or None.
     """
 
     number = 2
@@ -212,6 +232,7 @@ class DetectorStage(Stage):
         validation: Sequence[PictureRecord],
         loss_backend: Implementation,
         ranks: Ranks = ALONE,
+        cache: StageCache | None = None,
     ) -> None:
         self.model: NTFDetector = model
         self.records = list(records)
@@ -220,6 +241,7 @@ class DetectorStage(Stage):
         self.settings = config.stage2
         self.embed = compiled(model.embed, config.compute)
         self.loss_backend = loss_backend
+        self.cache = cache
         crop = config.stage2.scl_crop
         if model.encoder.fixed_input_size and (crop, crop) != model.input_size:
             raise ConfigError(
@@ -228,7 +250,7 @@ class DetectorStage(Stage):
                 wanted=f"{model.input_size[0]}",
                 remedy="pass the encoder's input size, or choose a convolutional encoder",
             )
-        self.plan = ViewPlan(config.seed, 2, model.input_size, (crop, crop), config.augment)
+        self.plan = stage2_plan(config, model.input_size)
 
     def trainable(self) -> list[nn.Parameter]:
         freeze_natural_traces(self.model)
@@ -238,13 +260,36 @@ class DetectorStage(Stage):
         self.model.train()
         freeze_natural_traces(self.model)
 
-    def losses(self, batch: ViewBatch, pictures: int) -> dict[str, Tensor]:
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        if self.cache is None:
+            yield from self.view_batches(epoch, start)
+            return
+        cache, draw = self.cache.views, self.plan.draw(epoch)
+        size = self.settings.batch_size
+        keys = list(EpochBatches(len(self.records), size, self.plan, epoch, start, self.ranks))
+        known = next((step for step, batch in enumerate(keys) if not cache.holds(draw, batch)), len(keys))
+        for batch_keys in keys[:known]:
+            labels = torch.tensor([self.records[key.index].label for key in batch_keys])
+            yield FeatureBatch(*(part.to(self.device) for part in (*cache.read(draw, batch_keys), labels)))
+        if known == len(keys):
+            return
+        for batch_keys, views in zip(keys[known:], self.view_batches(epoch, start + known), strict=True):
+            features = self.encode(views)
+            cache.write(draw, batch_keys, features.first, features.second)
+            yield features
+
+    @torch.no_grad()
+    def encode(self, batch: ViewBatch) -> FeatureBatch:
+        """Embeddings of a batch by the frozen encoder, float32."""
+        with autocast(self.config.compute, self.device):
+            return FeatureBatch(self.embed(batch.first).float(), self.embed(batch.second).float(), batch.labels)
+
+    def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
         model, loss = self.model, self.config.loss
         rows = self.ranks.counts(pictures)[self.ranks.rank]
+        features = batch if isinstance(batch, FeatureBatch) else self.encode(batch)
+        embeddings, crops, labels = (part[:rows] for part in features)
         with torch.no_grad(), autocast(self.config.compute, self.device):
-            embeddings = self.embed(batch.first).float()[:rows]
-            crops = self.embed(batch.second).float()[:rows]
-            labels = batch.labels[:rows]
             real = labels == 0
             seen = embeddings if self.config.stage2.trace_crop == "input" else crops
             traces = model.head_hom(seen[real])
@@ -276,10 +321,36 @@ class DetectorStage(Stage):
     def epoch_report(self) -> tuple[dict[str, float], list[str]]:
         """AP and accuracy at 0.5 on the validation pictures; each process scores its part of them."""
         mine = self.validation[self.ranks.part(len(self.validation))]
-        own = score_pictures(self.model, mine, progress=False, workers=self.config.workers).logits if mine else []
+        own = self._validation_logits(mine) if mine else np.empty(0, np.float32)
         logits = np.concatenate(self.ranks.gather_objects(own))
         labels = np.array([record.label for record in self.validation])
         return {
             "val_ap": float(average_precision_score(labels, logits)),
             "val_accuracy": float(np.mean((logits > 0) == (labels == 1))),
         }, []
+
+    def _validation_logits(self, records: Sequence[PictureRecord]) -> NDArray[np.float32]:
+        if self.cache is None:
+            return score_pictures(self.model, records, progress=False, workers=self.config.workers).logits
+        if self.cache.validation is None:
+            self.cache.validation = embed_pictures(self.model, records, workers=self.config.workers)
+        return score_embeddings(self.model, self.cache.validation).logits
+
+
+@dataclass
+class StageCache:
+    """What stage 2 keeps of the frozen encoder.
+
+    Attributes:
+        views: embeddings of the training views, on disk.
+        validation: those of the validation pictures that this process scores, (N, d); once they are computed.
+    """
+
+    views: FeatureCache
+    validation: Tensor | None = None
+
+
+def stage2_plan(config: RunConfig, input_size: tuple[int, int]) -> ViewPlan:
+    """The views that stage 2 draws: one of the input size for the classifier, a small crop for Eq. (5)."""
+    crop = config.stage2.scl_crop
+    return ViewPlan(config.seed, 2, input_size, (crop, crop), config.augment, config.cache.cached_views)
