@@ -137,6 +137,16 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
+class AdaptConfig:
+    """A finished run that goes on with a user's own real pictures."""
+
+    adapt_real: str = ""
+    """Folder of your own real pictures, no labels needed: stage 1 goes on with them, stage 2 and thresholds follow."""
+    run: str = ""
+    """The finished run to adapt, which stays as it is; by default the newest below runs/. Only with --adapt-real."""
+
+
+@dataclass(frozen=True)
 class DecisionConfig:
     """How the verdict's thresholds are fitted on validation pictures."""
 
@@ -158,6 +168,7 @@ class RunConfig:
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")] = field(default_factory=AugmentConfig)
     decision: Annotated[DecisionConfig, tyro.conf.arg(name="")] = field(default_factory=DecisionConfig)
     compute: Annotated[ComputeConfig, tyro.conf.arg(name="")] = field(default_factory=ComputeConfig)
+    adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = field(default_factory=AdaptConfig)
     cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)

@@ -19,6 +19,14 @@ import torch
 import tyro
 
 from runtime.errors import NTFError
+from train.adaptation import (
+    adaptable_config,
+    adapted_training,
+    adapted_validation,
+    own_pictures,
+    parent_record,
+    refuse_other_pictures,
+)
 from train.checkpoint import (
     CONFIG_FILE,
     STAGE1_FILE,
@@ -26,8 +34,10 @@ from train.checkpoint import (
     STATE_FILE,
     TEMPORARIES,
     load_config,
+    load_detector,
     load_start,
     load_state,
+    newest_run,
     remove_temporaries,
     require_run_file,
     save_calibration,
@@ -36,8 +46,17 @@ from train.checkpoint import (
     trim_history,
 )
 from train.compute import check_compute, prepare_model
-from train.config import DEMO_DATA, Preset, RunConfig, check_config, config_from_dict, config_from_file, preset_config
-from train.data import PictureSet, load_split
+from train.config import (
+    DEMO_DATA,
+    AdaptConfig,
+    Preset,
+    RunConfig,
+    check_config,
+    config_from_dict,
+    config_from_file,
+    preset_config,
+)
+from train.data import PictureRecord, PictureSet, load_split
 from train.encoder import Encoder, load_encoder, load_exactly, read_state
 from train.errors import CheckpointError, ConfigError
 from train.feature_cache import FeatureCache, cache_key
@@ -76,11 +95,19 @@ class Options:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Both splits and their hashes."""
+    """Both splits and their hashes.
+
+    Attributes:
+        train: of stage 2.
+        validation: for the report after each epoch, and for the thresholds.
+        hashes: of both, and of the weights that an adapted run begins with.
+        traces: of stage 1, which takes the real ones.
+    """
 
     train: PictureSet
     validation: PictureSet
     hashes: dict[str, str]
+    traces: tuple[PictureRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -146,17 +173,23 @@ def parse_options(arguments: list[str]) -> Options:
         ConfigError: values that do not make sense, or a resumed run with changed options.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=("demo", "paper"), default="demo")
+    first.add_argument("--preset", choices=("demo", "paper"))
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path)
+    first.add_argument("--adapt-real")
+    first.add_argument("--run", type=Path)
     known, _ = first.parse_known_args(arguments)
     if known.resume is not None:
         base = load_config(known.resume)
+    elif known.adapt_real is not None:
+        parent = known.run or newest_run()
+        base = dataclasses.replace(adaptable_config(parent), adapt=AdaptConfig(known.adapt_real, str(parent)))
     else:
-        base = preset_config(known.preset) if known.config is None else config_from_file(known.config)
-    options = tyro.cli(
-        Options, prog="python -m train.run", args=arguments, default=Options(preset=known.preset, run=base)
-    )
+        base = preset_config(known.preset or "demo") if known.config is None else config_from_file(known.config)
+    default = Options(preset=known.preset or "demo", run=base)
+    options = tyro.cli(Options, prog="python -m train.run", args=arguments, default=default)
+    if known.resume is None:
+        _refuse_unfit_adaptation(options, base, known.preset)
     if known.resume is not None and (options.run != base or options.config or options.out or options.overwrite):
         raise ConfigError(
             f"--resume {known.resume}",
@@ -166,6 +199,30 @@ def parse_options(arguments: list[str]) -> Options:
         )
     check_config(options.run)
     return options
+
+
+def _refuse_unfit_adaptation(options: Options, base: RunConfig, preset: str | None) -> None:
+    adapt = options.run.adapt
+    if adapt.run and not adapt.adapt_real:
+        raise ConfigError(
+            f"--run {adapt.run}",
+            got="no --adapt-real",
+            wanted="a folder of real pictures to adapt the run to",
+            remedy="pass --adapt-real DIR, or --resume to go on with a run that was stopped",
+        )
+    if not adapt.adapt_real:
+        return
+    fixed = ("model", "data")
+    changed = [name for name in fixed if getattr(options.run, name) != getattr(base, name)]
+    if options.config is not None or preset is not None:
+        changed.append("preset or configuration")
+    if changed:
+        raise ConfigError(
+            f"--adapt-real {adapt.adapt_real}",
+            got=f"another {', '.join(changed)} than {adapt.run} has",
+            wanted="options of stages, loss, decision and computation alone",
+            remedy="leave them out, or train a new run",
+        )
 
 
 def check_start(config: RunConfig, device: torch.device, ranks: Ranks, *, resume: bool) -> None:
@@ -199,7 +256,8 @@ def prepare_run_folder(options: Options) -> Path:
     Raises:
         ConfigError: the folder is taken.
     """
-    name = f"{options.run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    kind = f"{Path(options.run.adapt.run).name}-adapted" if options.run.adapt.adapt_real else options.run.preset
+    name = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = options.out or RUNS / name
     # A run that was killed before it had a configuration has nothing to resume and may be started again.
     if run.exists() and {path.name for path in run.iterdir()} - {path.name for path in run.glob(TEMPORARIES)}:
@@ -265,16 +323,29 @@ def train_traces(session: Session) -> TraceModel:
     config, run, saved = session.config, session.run, session.saved
     torch.manual_seed(config.seed)
     if saved is not None and saved["stage"] > 1:
-        model = TraceModel(Encoder(config.model.encoder), config.model.embedding_dim)
-        path = require_run_file(run, STAGE1_FILE)
-        load_exactly(model, read_state(path), source=path)
-        return model.to(session.device)
-    encoder = load_encoder(config.model.encoder, config.model.encoder_weights)
-    model = TraceModel(encoder, config.model.embedding_dim).to(session.device)
+        return load_traces(config, run).to(session.device)
+    if config.adapt.adapt_real:
+        model = load_traces(config, Path(config.adapt.run))
+    else:
+        encoder = load_encoder(config.model.encoder, config.model.encoder_weights)
+        model = TraceModel(encoder, config.model.embedding_dim)
+    model.to(session.device)
     prepare_model(model, config.compute)
-    session.loop(TraceStage(model, session.data.train.records, config, session.ranks)).train()
+    session.loop(TraceStage(model, session.data.traces, config, session.ranks)).train()
     if session.ranks.first:
         save_weights(run / STAGE1_FILE, model)
+    return model
+
+
+def load_traces(config: RunConfig, run: Path) -> TraceModel:
+    """What stage 1 of a run left.
+
+    Raises:
+        CheckpointError: it is not there, or does not fit.
+    """
+    model = TraceModel(Encoder(config.model.encoder), config.model.embedding_dim)
+    path = require_run_file(run, STAGE1_FILE)
+    load_exactly(model, read_state(path), source=path)
     return model
 
 
@@ -284,6 +355,10 @@ def train_detector(session: Session, traces: TraceModel) -> NTFDetector:
     torch.manual_seed(config.seed + 1)
     model = config.model
     detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input).to(session.device)
+    if config.adapt.adapt_real:
+        parent = load_detector(Path(config.adapt.run))
+        detector.projection.load_state_dict(parent.projection.state_dict())
+        detector.classifier.load_state_dict(parent.classifier.state_dict())
     prepare_model(detector, config.compute)
     stage = DetectorStage(
         detector,
@@ -330,7 +405,7 @@ def finish(config: RunConfig, run: Path, data: TrainingData, detector: NTFDetect
     """Store the mean natural trace and fit temperature, bias and thresholds on the validation pictures."""
     # As `load_detector` has it, so that thresholds are those of the model that is shipped.
     detector.eval().to(memory_format=torch.contiguous_format)
-    reals = [record for record in data.train.records if record.label == 0]
+    reals = [record for record in data.traces if record.label == 0]
     detector.mean_trace.copy_(mean_natural_trace(detector, reals, workers=config.workers))
     save_weights(run / STAGE2_FILE, detector)
     scores = score_pictures(detector, data.validation.records, workers=config.workers)
@@ -357,9 +432,16 @@ def load_training_data(config: RunConfig) -> TrainingData:
     """
     source = _demo_data() if config.data == DEMO_DATA else Path(config.data)
     train, validation = load_split(source, "train"), load_split(source, "val")
+    traces = train.records
+    if config.adapt.adapt_real:
+        refuse_other_pictures(config, train, validation)
+        traces = own_pictures(config).learnt
+        train, validation = adapted_training(config, train), adapted_validation(config, validation)
     print(train.describe(), validation.describe(), sep="\n")
     hashes = {"train_sha256": train.content_sha256(), "val_sha256": validation.content_sha256()}
-    return TrainingData(train, validation, hashes)
+    if config.adapt.adapt_real:
+        hashes |= {f"parent_{name}": value for name, value in parent_record(config).items() if name != "run"}
+    return TrainingData(train, validation, hashes, traces)
 
 
 def _demo_data() -> Path:
@@ -373,15 +455,15 @@ def write_config(session: Session) -> None:
     data, backend = session.data, session.backend
     pictures = {"train_pictures": len(data.train), "val_pictures": len(data.validation)}
     start = {key: value for key, value in session.fingerprint().items() if key != CONFIG_KEY}
-    save_json(
-        session.run / CONFIG_FILE,
-        {
-            "config": dataclasses.asdict(session.config),
-            "data": data.hashes | pictures,
-            "environment": environment() | {"loss_backend": dataclasses.asdict(backend)},
-            "start": start,
-        },
-    )
+    content: dict[str, Any] = {
+        "config": dataclasses.asdict(session.config),
+        "data": data.hashes | pictures,
+        "environment": environment() | {"loss_backend": dataclasses.asdict(backend)},
+        "start": start,
+    }
+    if session.config.adapt.adapt_real:
+        content["parent"] = parent_record(session.config)
+    save_json(session.run / CONFIG_FILE, content)
 
 
 def refuse_changed_config(begun: dict[str, Any], config: RunConfig, run: Path) -> None:
@@ -424,9 +506,9 @@ def refuse_changed_data(saved: dict[str, Any], data: TrainingData, run: Path) ->
         if saved[name] != digest:
             raise CheckpointError(
                 f"--resume {run}",
-                got=f"pictures with {name} {digest[:12]}",
+                got=f"{'weights' if name.startswith('parent') else 'pictures'} with {name} {digest[:12]}",
                 wanted=f"the ones it began with, {saved[name][:12]}",
-                remedy="restore the data, or start a new run",
+                remedy="restore them, or start a new run",
             )
 
 
