@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from training import tiny_config, write_pictures
 
 from train.checkpoint import load_state, save_json
-from train.config import ModelConfig, Stage1Config, Stage2Config
+from train.config import CacheConfig, ModelConfig, Stage1Config, Stage2Config
 from train.errors import CheckpointError, ConfigError, TrainingError
 from train.loading import EpochBatches, ViewPlan
 from train.ranks import Ranks, check_ranks
@@ -144,6 +144,19 @@ def test_batch_norm_statistics_of_two_processes_are_local_ones(data, tmp_path):
     print("loss curves", curves)
     assert curves[1] == pytest.approx(curves[0], rel=LOCAL_STATISTICS)
     assert curves[1] != pytest.approx(curves[0], rel=SAME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ntf", "probe"])
+def test_two_processes_share_one_cache_and_train_what_one_trains(data, tmp_path, method):
+    config = config_of(data, method=method, cache=CacheConfig(cached_views=1, cache_features=True))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, classifier_input="encoder"))
+    (tmp_path / "one").mkdir()
+    train(config, tmp_path / "one")
+    run = train_with_processes(config, tmp_path)
+    print("weights differ by", difference(run, tmp_path / "one"))
+    assert difference(run, tmp_path / "one") <= SAME
+    assert len(list((run / "cache").iterdir())) == 1
 
 
 def test_parts_of_a_batch_are_the_batch_in_its_order():

@@ -24,6 +24,7 @@ from train.config import RunConfig
 from train.data import PictureRecord, PictureSet
 from train.data_csv import LABEL_WORDS
 from train.errors import CheckpointError, ConfigError, DataError
+from train.methods import METHODS
 
 HELD_OUT_SHARE = 0.2
 GENERATOR = "adapted"
@@ -94,6 +95,13 @@ def adaptable_config(parent: Path) -> RunConfig:
         ConfigError: it is an adapted one itself, or its method has no natural traces.
     """
     config = load_config(parent)
+    if not METHODS[config.method].natural_traces:
+        raise ConfigError(
+            f"--run {parent}",
+            got=f"a run of --method {config.method}",
+            wanted="one with natural traces",
+            remedy="adapt a run of --method ntf",
+        )
     for name in (STAGE2_FILE, STAGE1_FILE, "calibration.json"):
         require_run_file(parent, name)
     if config.adapt.adapt_real:

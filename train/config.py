@@ -24,6 +24,7 @@ from train.losses import HomReduction, Orthogonality
 from train.model import ClassifierInput
 
 Preset = Literal["demo", "paper"]
+Method = Literal["ntf", "bce", "probe"]
 DEMO_DATA = "demo"
 
 
@@ -161,6 +162,9 @@ class RunConfig:
     """One training run."""
 
     preset: Annotated[Preset, tyro.conf.Suppress] = "paper"
+    method: Method = "ntf"
+    """ntf: both stages of the paper; bce: the whole network with cross entropy; probe: a linear layer on the frozen
+    encoder. The last two have no stage 1 and read the encoder alone."""
     data: str = ""
     """Folder or CSV with a train and a val split; "demo" builds the demo data in data/demo."""
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)

@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from train.checkpoint import STATE_FILE, append_history, save_state
 from train.config import RunConfig
 from train.errors import TrainingError
+from train.methods import METHODS
 from train.stages import DEGENERATE, Batch, Stage
 
 
@@ -84,7 +85,9 @@ class StageLoop:
         """
         stage, position = self.stage, self.position
         epochs = stage.settings.epochs
-        offset = self.config.stage1.epochs if stage.number == 2 else 0  # TensorBoard counts through both stages
+        # TensorBoard counts through both stages.
+        both = stage.number == 2 and METHODS[self.config.method].natural_traces
+        offset = self.config.stage1.epochs if both else 0
         first = stage.ranks.first
         with (
             SummaryWriter(str(self.run), purge_step=offset + position.epoch) if first else nullcontext() as board,

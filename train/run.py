@@ -62,12 +62,13 @@ from train.errors import CheckpointError, ConfigError
 from train.feature_cache import FeatureCache, cache_key
 from train.loop import Position, StageLoop
 from train.loss_backend import STATE_KEY, LossBackend, choose_loss_backend, resumed_loss_backend
+from train.methods import METHODS, check_method, method_config
 from train.metrics import fit_calibration
 from train.model import NTFDetector, TraceModel, detector_from_traces
 from train.provenance import environment
 from train.ranks import ALONE, Ranks, check_ranks, joined, ranks_from_environment
 from train.scoring import mean_natural_trace, score_pictures
-from train.stages import DetectorStage, Stage, StageCache, TraceStage, stage2_plan
+from train.stages import CrossEntropyStage, DetectorStage, Stage, StageCache, TraceStage, stage2_plan
 
 RUNS = Path("runs")
 # Key of the number of processes in a checkpoint; other numbers sum gradients in another order.
@@ -188,6 +189,7 @@ def parse_options(arguments: list[str]) -> Options:
         base = preset_config(known.preset or "demo") if known.config is None else config_from_file(known.config)
     default = Options(preset=known.preset or "demo", run=base)
     options = tyro.cli(Options, prog="python -m train.run", args=arguments, default=default)
+    options = dataclasses.replace(options, run=method_config(options.run))
     if known.resume is None:
         _refuse_unfit_adaptation(options, base, known.preset)
     if known.resume is not None and (options.run != base or options.config or options.out or options.overwrite):
@@ -198,6 +200,7 @@ def parse_options(arguments: list[str]) -> Options:
             remedy="pass --resume alone, or start a new run with --config",
         )
     check_config(options.run)
+    check_method(options.run)
     return options
 
 
@@ -231,13 +234,10 @@ def check_start(config: RunConfig, device: torch.device, ranks: Ranks, *, resume
     Raises:
         ConfigError: naming the option.
     """
-    check_ranks(
-        ranks,
-        batch_sizes={
-            "--stage1.batch-size": config.stage1.batch_size,
-            "--stage2.batch-size": config.stage2.batch_size,
-        },
-    )
+    batch_sizes = {"--stage2.batch-size": config.stage2.batch_size}
+    if METHODS[config.method].natural_traces:
+        batch_sizes = {"--stage1.batch-size": config.stage1.batch_size} | batch_sizes
+    check_ranks(ranks, batch_sizes=batch_sizes)
     check_compute(config.compute, device, ranks)
     if config.cache.cache_features and ranks.local_size < ranks.size:
         raise ConfigError(
@@ -289,6 +289,7 @@ def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = 
         NTFError: a configuration, data, checkpoint or training error, in a full sentence.
     """
     check_config(config)
+    check_method(config)
     device = choose_device(config.device, ranks)
     saved = load_state(run) if resume and (run / STATE_FILE).is_file() else None
     # A run that was stopped before its first checkpoint begins again, as it began.
@@ -311,10 +312,14 @@ def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = 
         else:
             stage, epoch = (saved["stage"], saved["epoch"]) if saved is not None else (1, 0)
             trim_history(run, stage=stage, epoch=epoch)
-        print(f"training in {run} on {device}, seed {config.seed}", ranks.describe(), sep=", ")
-        print(backend.describe(), flush=True)
+        print(f"training in {run} on {device}, seed {config.seed}", ranks.describe(), sep=", ", flush=True)
+        if METHODS[config.method].natural_traces:
+            print(backend.describe(), flush=True)
 
-    detector = train_detector(session, train_traces(session))
+    if METHODS[config.method].natural_traces:
+        detector = train_detector(session, train_traces(session))
+    else:
+        detector = train_classifier(session)
     return finish(config, run, data, detector) if ranks.first else detector.eval()
 
 
@@ -351,16 +356,30 @@ def load_traces(config: RunConfig, run: Path) -> TraceModel:
 
 def train_detector(session: Session, traces: TraceModel) -> NTFDetector:
     """Stage 2 on the frozen encoder."""
-    config, data = session.config, session.data
+    config, model = session.config, session.config.model
     torch.manual_seed(config.seed + 1)
-    model = config.model
     detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input).to(session.device)
     if config.adapt.adapt_real:
         parent = load_detector(Path(config.adapt.run))
         detector.projection.load_state_dict(parent.projection.state_dict())
         detector.classifier.load_state_dict(parent.classifier.state_dict())
+    return run_stage2(session, detector, DetectorStage)
+
+
+def train_classifier(session: Session) -> NTFDetector:
+    """Stage 2 of a method without natural traces; what is of them in the detector stays as it was drawn."""
+    config, model = session.config, session.config.model
+    torch.manual_seed(config.seed + 1)
+    encoder = load_encoder(model.encoder, model.encoder_weights)
+    detector = NTFDetector(encoder, model.embedding_dim, model.classifier_input).to(session.device)
+    return run_stage2(session, detector, CrossEntropyStage)
+
+
+def run_stage2(session: Session, detector: NTFDetector, kind: type[DetectorStage]) -> NTFDetector:
+    """Train a detector on the labelled pictures."""
+    config, data = session.config, session.data
     prepare_model(detector, config.compute)
-    stage = DetectorStage(
+    stage = kind(
         detector,
         data.train.records,
         config,
@@ -383,7 +402,7 @@ def open_cache(session: Session, detector: NTFDetector) -> StageCache | None:
     if not config.cache.cache_features:
         return None
     plan = stage2_plan(config, detector.input_size)
-    arithmetic = [dataclasses.asdict(config.compute), session.device.type]
+    arithmetic = [dataclasses.asdict(config.compute), session.device.type, config.method]
     key = cache_key(session.data.hashes["train_sha256"], records, detector.encoder, plan, arithmetic)
     path = Path(config.cache.cache_dir or session.run / "cache") / key.name()
     draws = config.cache.cached_views or config.stage2.epochs
@@ -405,8 +424,9 @@ def finish(config: RunConfig, run: Path, data: TrainingData, detector: NTFDetect
     """Store the mean natural trace and fit temperature, bias and thresholds on the validation pictures."""
     # As `load_detector` has it, so that thresholds are those of the model that is shipped.
     detector.eval().to(memory_format=torch.contiguous_format)
-    reals = [record for record in data.traces if record.label == 0]
-    detector.mean_trace.copy_(mean_natural_trace(detector, reals, workers=config.workers))
+    if METHODS[config.method].natural_traces:
+        reals = [record for record in data.traces if record.label == 0]
+        detector.mean_trace.copy_(mean_natural_trace(detector, reals, workers=config.workers))
     save_weights(run / STAGE2_FILE, detector)
     scores = score_pictures(detector, data.validation.records, workers=config.workers)
     labels = np.array([record.label for record in data.validation.records])

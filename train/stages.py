@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from train.errors import ConfigError
 from train.feature_cache import FeatureCache
 from train.loading import EpochBatches, ViewBatch, ViewPlan, batch_count, prepared_loader, view_loader
 from train.losses import detector_loss, natural_trace_loss, spread_of
+from train.methods import METHODS
 from train.model import NTFDetector, TraceModel, freeze_natural_traces
 from train.ranks import ALONE, Ranks
 from train.scoring import embed_pictures, preprocess_spec, score_embeddings, score_pictures
@@ -335,6 +337,44 @@ class DetectorStage(Stage):
         if self.cache.validation is None:
             self.cache.validation = embed_pictures(self.model, records, workers=self.config.workers)
         return score_embeddings(self.model, self.cache.validation).logits
+
+
+class CrossEntropyStage(DetectorStage):
+    """Stage 2 without natural traces: the classifier on e with cross entropy alone, Eq. (6)."""
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether the encoder is trained as well."""
+        return METHODS[self.config.method].trains_encoder
+
+    def trainable(self) -> list[nn.Parameter]:
+        self.model.requires_grad_(False)
+        self.model.classifier.requires_grad_(True)
+        self.model.encoder.requires_grad_(self.trains_encoder)
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def set_train_mode(self) -> None:
+        self.model.eval()
+        self.model.encoder.train(self.trains_encoder)
+
+    def encode(self, batch: ViewBatch) -> FeatureBatch:
+        """Embeddings of the classifier's views; there is no use for the others."""
+        with torch.set_grad_enabled(self.trains_encoder), autocast(self.config.compute, self.device):
+            embeddings = self.embed(batch.first).float()
+        return FeatureBatch(embeddings, embeddings, batch.labels)
+
+    def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
+        rows = self.ranks.counts(pictures)[self.ranks.rank]
+        features = batch if isinstance(batch, FeatureBatch) else self.encode(batch)
+        with autocast(self.config.compute, self.device):
+            own_logits = self.model.classifier(features.first[:rows]).squeeze(-1).float()
+        logits = self.ranks.joint(own_logits, pictures)
+        labels = self.ranks.joint(features.labels[:rows], pictures)
+        return {
+            "loss": F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)),
+            ONE_CLASS: (labels == labels[0]).all(),
+            "accuracy": ((logits > 0) == (labels == 1)).float().mean(),
+        }
 
 
 @dataclass
