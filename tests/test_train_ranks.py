@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from training import tiny_config, write_pictures
 
 from train.checkpoint import load_state, save_json
+from train.compute import choose_device
 from train.config import CacheConfig, ModelConfig, Stage1Config, Stage2Config
 from train.errors import CheckpointError, ConfigError, TrainingError
 from train.loading import EpochBatches, ViewPlan
 from train.ranks import Ranks, check_ranks
-from train.run import choose_device, main, refuse_other_processes, train
+from train.run import main, train
+from train.session import refuse_other_processes
 
 TIMEOUT_S = 120
 # Largest difference from one process, relative to the largest weight of a tensor, after the whole run. A frozen encoder

@@ -15,7 +15,37 @@ from torch import Tensor, nn
 from cpp_ext.library import BuildError
 from train.config import ComputeConfig
 from train.errors import ConfigError
-from train.ranks import Ranks
+from train.ranks import ALONE, Ranks
+
+
+def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The torch device that was asked for; several processes on one machine take a GPU each.
+
+    Raises:
+        ConfigError: it is not there, or several processes would have to share one GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.local_size > 1 and name.startswith("cuda"):
+        if name != "cuda" or ranks.local_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"--device {name}",
+                got=f"{ranks.local_size} processes and {torch.cuda.device_count()} GPUs on this machine",
+                wanted="--device cuda or auto, and one GPU for each process",
+                remedy="start as many processes as there are GPUs with torchrun --nproc-per-node, or pass --device cpu",
+            )
+        name = f"cuda:{ranks.local_rank}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--device {name}",
+            got=str(error).split("\n", 1)[0],
+            wanted="a device that this machine has",
+            remedy="pass --device cpu, or auto",
+        ) from error
+    return device
 
 
 def check_compute(compute: ComputeConfig, device: torch.device, ranks: Ranks) -> None:

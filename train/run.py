@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -45,36 +44,40 @@ from train.checkpoint import (
     save_weights,
     trim_history,
 )
-from train.compute import check_compute, prepare_model
+from train.compute import check_compute, choose_device, prepare_model
 from train.config import (
     DEMO_DATA,
     AdaptConfig,
     Preset,
     RunConfig,
     check_config,
-    config_from_dict,
     config_from_file,
     preset_config,
 )
-from train.data import PictureRecord, PictureSet, load_split
+from train.data import load_split
 from train.encoder import Encoder, load_encoder, load_exactly, read_state
-from train.errors import CheckpointError, ConfigError
+from train.errors import ConfigError
 from train.feature_cache import FeatureCache, cache_key
-from train.loop import Position, StageLoop
-from train.loss_backend import STATE_KEY, LossBackend, choose_loss_backend, resumed_loss_backend
+from train.loss_backend import LossBackend, choose_loss_backend, resumed_loss_backend
 from train.methods import METHODS, check_method, method_config
 from train.metrics import fit_calibration
 from train.model import NTFDetector, TraceModel, detector_from_traces
 from train.provenance import environment
 from train.ranks import ALONE, Ranks, check_ranks, joined, ranks_from_environment
 from train.scoring import mean_natural_trace, score_pictures
-from train.stages import CrossEntropyStage, DetectorStage, Stage, StageCache, TraceStage, stage2_plan
+from train.session import (
+    CONFIG_KEY,
+    Session,
+    TrainingData,
+    fingerprint,
+    refuse_changed_config,
+    refuse_changed_data,
+    refuse_other_processes,
+    refuse_too_few_pictures,
+)
+from train.stages import CrossEntropyStage, DetectorStage, StageCache, TraceStage, stage2_plan
 
 RUNS = Path("runs")
-# Key of the number of processes in a checkpoint; other numbers sum gradients in another order.
-PROCESSES_KEY = "processes"
-# Key of the configuration in a checkpoint, as JSON.
-CONFIG_KEY = "config"
 
 
 @dataclass(frozen=True)
@@ -92,57 +95,6 @@ class Options:
     overwrite: bool = False
     """Replace the run in --out."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Both splits and their hashes.
-
-    Attributes:
-        train: of stage 2.
-        validation: for the report after each epoch, and for the thresholds.
-        hashes: of both, and of the weights that an adapted run begins with.
-        traces: of stage 1, which takes the real ones.
-    """
-
-    train: PictureSet
-    validation: PictureSet
-    hashes: dict[str, str]
-    traces: tuple[PictureRecord, ...]
-
-
-@dataclass(frozen=True)
-class Session:
-    """One start or resume of a run, in one process.
-
-    Attributes:
-        config: of the run.
-        run: its folder.
-        data: both splits.
-        device: where this process computes.
-        saved: the checkpoint to go on from, or None.
-        backend: implementation of Eq. (5).
-        ranks: the processes of the run.
-    """
-
-    config: RunConfig
-    run: Path
-    data: TrainingData
-    device: torch.device
-    saved: dict[str, Any] | None
-    backend: LossBackend
-    ranks: Ranks
-
-    def loop(self, stage: Stage) -> StageLoop:
-        """The loop that trains `stage`, from where the checkpoint stands."""
-        saved = self.saved if self.saved is not None and self.saved["stage"] == stage.number else None
-        position = Position(stage.number) if saved is None else position_of(saved)
-        return StageLoop(stage, self.run, self.config, position, saved, self.fingerprint())
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What every checkpoint carries, so that a resume goes on with the same pictures and the same arithmetic."""
-        arithmetic = {STATE_KEY: self.backend.name, PROCESSES_KEY: self.ranks.size}
-        return self.data.hashes | arithmetic | {CONFIG_KEY: json.dumps(dataclasses.asdict(self.config))}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -308,7 +260,7 @@ def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = 
     if ranks.first:
         remove_temporaries(run)
         if begun is None:
-            write_config(session)
+            write_config(run, config, data, backend, ranks)
         else:
             stage, epoch = (saved["stage"], saved["epoch"]) if saved is not None else (1, 0)
             trim_history(run, stage=stage, epoch=epoch)
@@ -470,134 +422,19 @@ def _demo_data() -> Path:
     return ensure_demo_data()
 
 
-def write_config(session: Session) -> None:
+def write_config(run: Path, config: RunConfig, data: TrainingData, backend: LossBackend, ranks: Ranks = ALONE) -> None:
     """The resolved configuration with everything that a reader needs to repeat the run."""
-    data, backend = session.data, session.backend
     pictures = {"train_pictures": len(data.train), "val_pictures": len(data.validation)}
-    start = {key: value for key, value in session.fingerprint().items() if key != CONFIG_KEY}
+    start = {name: value for name, value in fingerprint(config, data, backend, ranks).items() if name != CONFIG_KEY}
     content: dict[str, Any] = {
-        "config": dataclasses.asdict(session.config),
+        "config": dataclasses.asdict(config),
         "data": data.hashes | pictures,
         "environment": environment() | {"loss_backend": dataclasses.asdict(backend)},
         "start": start,
     }
-    if session.config.adapt.adapt_real:
-        content["parent"] = parent_record(session.config)
-    save_json(session.run / CONFIG_FILE, content)
-
-
-def refuse_changed_config(begun: dict[str, Any], config: RunConfig, run: Path) -> None:
-    """Refuse to go on with another configuration than the run began with.
-
-    Raises:
-        CheckpointError: naming what differs.
-    """
-    if CONFIG_KEY not in begun:  # checkpoints from before it was kept
-        return
-    source = f"--resume {run}"
-    kept = _flat(dataclasses.asdict(config_from_dict(json.loads(begun[CONFIG_KEY]), source=source)))
-    now = _flat(dataclasses.asdict(config))
-    changed = [name for name in now if now[name] != kept[name]]
-    if changed:
-        shown = changed[:3]
-        raise CheckpointError(
-            source,
-            got=", ".join(f"{name} = {now[name]}" for name in shown),
-            wanted="what the run began with, " + ", ".join(f"{name} = {kept[name]}" for name in shown),
-            remedy=f"restore its {CONFIG_FILE}, or start a new run with --config {run / CONFIG_FILE}",
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
-
-
-def refuse_changed_data(saved: dict[str, Any], data: TrainingData, run: Path) -> None:
-    """Refuse to go on with other pictures than the run began with.
-
-    Raises:
-        CheckpointError: a hash differs.
-    """
-    for name, digest in data.hashes.items():
-        if saved[name] != digest:
-            raise CheckpointError(
-                f"--resume {run}",
-                got=f"{'weights' if name.startswith('parent') else 'pictures'} with {name} {digest[:12]}",
-                wanted=f"the ones it began with, {saved[name][:12]}",
-                remedy="restore them, or start a new run",
-            )
-
-
-def refuse_other_processes(saved: dict[str, Any], ranks: Ranks, run: Path) -> None:
-    """Refuse to go on with another number of processes, whose sums end in other bits.
-
-    Raises:
-        CheckpointError: the number differs.
-    """
-    began = int(saved.get(PROCESSES_KEY, 1))  # checkpoints from before there could be several do not say
-    if began != ranks.size:
-        start = f"torchrun --nproc-per-node {began} -m train.run" if began > 1 else "python -m train.run"
-        raise CheckpointError(
-            f"--resume {run}",
-            got=f"{ranks.size} processes",
-            wanted=f"{began}, with which the run began",
-            remedy=f"resume it with {start} --resume {run}, or start a new run",
-        )
-
-
-def refuse_too_few_pictures(data: TrainingData, ranks: Ranks) -> None:
-    """Refuse a data set that has fewer real training pictures than there are processes.
-
-    Raises:
-        ConfigError: naming both numbers.
-    """
-    reals = sum(record.label == 0 for record in data.train.records)
-    if ranks.size > reals:
-        raise ConfigError(
-            f"{ranks.size} processes",
-            got=f"{reals} real training pictures",
-            wanted="at least one for every process",
-            remedy="start fewer processes with torchrun --nproc-per-node",
-        )
-
-
-def position_of(saved: dict[str, Any]) -> Position:
-    """Where a checkpoint stands."""
-    return Position(saved["stage"], saved["epoch"], saved["step"], dict(saved["sums"]), dict(saved.get("counts", {})))
-
-
-def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """The torch device that was asked for; several processes on one machine take a GPU each.
-
-    Raises:
-        ConfigError: it is not there, or several processes would have to share one GPU.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if ranks.local_size > 1 and name.startswith("cuda"):
-        if name != "cuda" or ranks.local_size > torch.cuda.device_count():
-            raise ConfigError(
-                f"--device {name}",
-                got=f"{ranks.local_size} processes and {torch.cuda.device_count()} GPUs on this machine",
-                wanted="--device cuda or auto, and one GPU for each process",
-                remedy="start as many processes as there are GPUs with torchrun --nproc-per-node, or pass --device cpu",
-            )
-        name = f"cuda:{ranks.local_rank}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"--device {name}",
-            got=str(error).split("\n", 1)[0],
-            wanted="a device that this machine has",
-            remedy="pass --device cpu, or auto",
-        ) from error
-    return device
+    if config.adapt.adapt_real:
+        content["parent"] = parent_record(config)
+    save_json(run / CONFIG_FILE, content)
 
 
 if __name__ == "__main__":
