@@ -94,6 +94,21 @@ def test_stage_one_goes_on_from_the_parent_with_the_users_pictures_alone(parent,
         assert torch.equal(weights[name], value), name
 
 
+def test_stage_two_goes_on_from_the_parents_projection_and_classifier(parent, own, tmp_path, monkeypatch):
+    started = {}
+
+    def remembering(loop):
+        if loop.stage.number == 2:
+            started.update(loop.stage.model.state_dict())
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StageLoop, "train", remembering)
+    assert main(command(parent, own, tmp_path / "run")) == 130
+    for name, value in load_file(parent / "stage2.safetensors").items():
+        if name.startswith(("projection.", "classifier.")):
+            assert torch.equal(started[name], value), name
+
+
 def test_stage_two_takes_the_parents_pictures_and_the_users_as_real(parent, adapted, data, own):
     config = load_config(adapted)
     found = load_training_data(config)
