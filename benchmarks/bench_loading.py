@@ -23,10 +23,11 @@ import torch
 from benchmarks.pictures import jpeg_bytes, photograph
 from benchmarks.tables import README, with_tables
 from train.config import RunConfig, preset_config
-from train.data import PictureSet, load_split, scan_pictures
+from train.data import load_split, scan_pictures
 from train.encoder import Encoder
 from train.loading import ViewBatch, prepared_loader, view_loader
 from train.model import TraceModel, detector_from_traces
+from train.pictures import PictureSet
 from train.provenance import environment
 from train.scoring import preprocess_spec
 from train.shards import write_shards

@@ -13,18 +13,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cpp_ext.distributed import gathered_soft_contrastive_loss
+    from cpp_ext.distributed import gather_rows, gathered_soft_contrastive_loss
     from cpp_ext.library import BuildError
     from cpp_ext.ops import fused_soft_contrastive_loss, soft_contrastive_loss
 
 _HOME = {
     "BuildError": "cpp_ext.library",
     "fused_soft_contrastive_loss": "cpp_ext.ops",
+    "gather_rows": "cpp_ext.distributed",
     "gathered_soft_contrastive_loss": "cpp_ext.distributed",
     "soft_contrastive_loss": "cpp_ext.ops",
 }
 
-__all__ = ["BuildError", "fused_soft_contrastive_loss", "gathered_soft_contrastive_loss", "soft_contrastive_loss"]
+__all__ = [
+    "BuildError",
+    "fused_soft_contrastive_loss",
+    "gather_rows",
+    "gathered_soft_contrastive_loss",
+    "soft_contrastive_loss",
+]
 
 
 def __getattr__(name: str) -> object:

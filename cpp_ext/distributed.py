@@ -100,6 +100,25 @@ def gathered_soft_contrastive_loss(
     return soft_contrastive_loss(joint_embeddings, joint_labels, joint_traces, backend=backend, **options)
 
 
+def gather_rows(own: Tensor, counts: list[int], *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Rows of all ranks in the order of their ranks, with gradient.
+
+    Args:
+        own: (n, ...) rows of this rank, n = counts[rank]; width and type agree between ranks.
+        counts: rows of each rank, the same list on all of them.
+        group: the ranks that take part; None for all.
+
+    Returns:
+        (sum of counts, ...). Where every rank computes the same loss from it and calls backward, this rank's rows get
+        world size times its gradient, which DistributedDataParallel's averaging turns into the joint gradient.
+
+    Note:
+        Collective: every rank of the group calls it, and calls backward or not, as one.
+    """
+    gathered: Tensor = _GatherRows.apply(own, counts, group, 1.0)
+    return gathered
+
+
 class _GatherRows(torch.autograd.Function):
     """Rows of all ranks; backward sums the gradients that the ranks have for this rank's rows, times a scale."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from export.errors import ExportError
 from runtime.manifest import CalibrationSpec, sha256_of
 from runtime.preprocess import PreprocessSpec
+from train.adaptation import adapted_validation
 from train.checkpoint import (
     CONFIG_FILE,
     STAGE2_FILE,
@@ -17,7 +18,7 @@ from train.checkpoint import (
     load_detector,
     require_run_file,
 )
-from train.config import DEMO_DATA
+from train.config import DEMO_DATA, RunConfig
 from train.integrity import split_of_run
 from train.model import NTFDetector
 from train.pictures import PictureSet
@@ -63,7 +64,7 @@ def load_run(run: Path, *, data: Path | None = None) -> RunInputs:
     config = load_config(run)
     detector = load_detector(run)
     recorded = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))["data"]
-    validation = split_of_run(config, data or data_source(config.data), "val")
+    validation = validation_pictures(config) if data is None else split_of_run(config, data, "val")
     digest = validation.content_sha256()
     if data is None and digest != recorded["val_sha256"]:
         raise ExportError(
@@ -82,6 +83,15 @@ def load_run(run: Path, *, data: Path | None = None) -> RunInputs:
         training_data_sha256=str(recorded["train_sha256"]),
         validation_sha256=digest,
     )
+
+
+def validation_pictures(config: RunConfig) -> PictureSet:
+    """The pictures that a run was calibrated on.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    return adapted_validation(config, split_of_run(config, data_source(config.data), "val"))
 
 
 def data_source(name: str) -> Path:

@@ -27,7 +27,7 @@ from export.parity import (
     running_backends,
 )
 from export.report import REPORT_FOLDER, parity_json, parity_markdown, parity_table, write_report
-from export.run_inputs import data_source, require_checkpoint, run_of_checkpoint
+from export.run_inputs import data_source, require_checkpoint, run_of_checkpoint, validation_pictures
 from runtime.bundle import Bundle, newest_bundle, open_bundle
 from runtime.errors import NTFError
 from runtime.manifest import PRECISIONS, ParitySpec
@@ -83,7 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bundle = open_bundle(options.model or newest_bundle(Path("models")))
         run = options.run or run_of_checkpoint(bundle.manifest.checkpoint_sha256, options.runs)
         config = load_config(run)
-        pictures = split_of_run(config, options.data or data_source(config.data), options.split)
+        if options.data is None and options.split == "val":
+            pictures = validation_pictures(config)
+        else:
+            pictures = split_of_run(config, options.data or data_source(config.data), options.split)
         console.print(f"verifying {bundle.location} against {run} on {len(pictures)} pictures of {pictures.root}")
         result = verify_bundle(bundle, run, pictures)
     except NTFError as error:

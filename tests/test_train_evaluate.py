@@ -13,10 +13,11 @@ from training import tiny_config, write_pictures
 
 from runtime.manifest import CalibrationSpec
 from train.checkpoint import load_calibration, load_detector, save_calibration
-from train.data import PictureRecord, load_split
+from train.data import load_split
 from train.errors import DataError
 from train.evaluate import evaluate_run, main
 from train.metrics import detection_metrics
+from train.pictures import PictureRecord
 from train.run import train
 from train.scoring import score_pictures
 

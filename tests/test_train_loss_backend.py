@@ -92,13 +92,13 @@ def test_resumed_run_stays_with_the_fused_loss_or_is_refused(built, tmp_path, mo
 def test_training_uses_prints_and_records_the_implementation(data, tmp_path, monkeypatch, capsys, backend):
     expected = choose_loss_backend(backend, "cpu")
     used = []
-    plain = stages.soft_contrastive_loss
+    plain = stages.gathered_soft_contrastive_loss
 
     def recording(*tensors, **options):
         used.append(options["backend"])
         return plain(*tensors, **options)
 
-    monkeypatch.setattr(stages, "soft_contrastive_loss", recording)
+    monkeypatch.setattr(stages, "gathered_soft_contrastive_loss", recording)
     train(config_of(data, backend), tmp_path)
     assert set(used) == {expected.name}
     assert expected.describe() in capsys.readouterr().out.splitlines()

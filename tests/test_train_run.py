@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from training import tiny_config, write_pictures
 
+import train.loop as loop
 import train.stages as stages
 from train.checkpoint import load_calibration, load_config, load_detector, load_state, newest_run
 from train.config import ModelConfig, Stage2Config
@@ -62,7 +63,7 @@ def test_run_leaves_every_file(finished, config):
     assert not any(name.endswith(".tmp") for name in names)
     assert load_config(finished) == config
     written = json.loads((finished / "config.json").read_text())
-    assert set(written) == {"config", "data", "environment"}
+    assert set(written) == {"config", "data", "environment", "start"}
     assert written["data"]["train_pictures"] == 12
     assert [(r["stage"], r["epoch"]) for r in history(finished)] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert {"loss", "hom_std", "hom_effective_rank"} <= set(history(finished)[0])
@@ -105,17 +106,17 @@ def test_resumed_run_gives_the_same_numbers_as_an_undisturbed_one(config, finish
     run = tmp_path / "stopped"
     run.mkdir()
     taken = 0
-    plain = stages.StageLoop._train_batch
+    plain = loop.StageLoop._train_batch
 
-    def stopping(loop, batch):
+    def stopping(stage_loop, batch):
         nonlocal taken
         if taken == steps:
             raise Stopped
         taken += 1
-        plain(loop, batch)
+        plain(stage_loop, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.StageLoop, "_train_batch", stopping)
+        patch.setattr(loop.StageLoop, "_train_batch", stopping)
         with pytest.raises(Stopped):
             train(config, run)
     state = load_state(run)
@@ -169,9 +170,9 @@ def test_frozen_encoder_of_stage_one_stays_as_it_was_loaded(config, tmp_path, mo
     loaded = {}
     plain = stages.TraceStage.__init__
 
-    def remembering(stage, model, records, settings):
+    def remembering(stage, model, *rest):
         loaded.update({name: value.clone() for name, value in model.encoder.state_dict().items()})
-        plain(stage, model, records, settings)
+        plain(stage, model, *rest)
 
     monkeypatch.setattr(stages.TraceStage, "__init__", remembering)
     heads_only = dataclasses.replace(config, stage1=dataclasses.replace(config.stage1, epochs=1, train_encoder=False))

@@ -39,10 +39,15 @@ STAGE2_FILE = "stage2.safetensors"
 STATE_FILE = "state.pt"
 CALIBRATION_FILE = "calibration.json"
 HISTORY_FILE = "history.jsonl"
+TEMPORARIES = ".*.tmp"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between.
+
+    Raises:
+        CheckpointError: the disk is full, or cannot be written for another reason; the old file is whole.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -50,10 +55,27 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritable(path, error, len(content)) from error
         raise
+
+
+def remove_temporaries(run: Path) -> None:
+    """Remove what a kill in the middle of `write_atomically` left."""
+    for path in run.glob(TEMPORARIES):
+        path.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError, size_bytes: int) -> CheckpointError:
+    return CheckpointError(
+        str(path),
+        got=error.strerror or str(error),
+        wanted=f"room for {size_bytes:,} bytes",
+        remedy="free some space and go on with --resume; what stood there before is whole",
+    )
 
 
 def save_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -91,6 +113,23 @@ def load_state(run: Path) -> dict[str, Any]:
             remedy="start the run again; a run that was stopped in its first epoch has nothing to resume",
         ) from error
     return state
+
+
+def load_start(run: Path) -> dict[str, Any]:
+    """What the run began with, for one that was stopped before its first checkpoint: entries as in a checkpoint.
+
+    Raises:
+        CheckpointError: config.json does not say.
+    """
+    path = require_run_file(run, CONFIG_FILE)
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        start: dict[str, Any] = recorded["start"] | {"config": json.dumps(recorded["config"])}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            str(path), got="no record of a start", wanted="what train.run wrote", remedy="start the run again"
+        ) from error
+    return start
 
 
 def save_calibration(run: Path, calibration: CalibrationSpec) -> None:
@@ -168,9 +207,17 @@ def require_run_file(run: Path, name: str) -> Path:
 
 
 def append_history(run: Path, record: Mapping[str, Any]) -> None:
-    """Add one line to the history."""
-    with (run / HISTORY_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, sort_keys=True) + "\n")
+    """Add one line to the history.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    path, line = run / HISTORY_FILE, json.dumps(record, sort_keys=True) + "\n"
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise _unwritable(path, error, len(line)) from error
 
 
 def trim_history(run: Path, *, stage: int, epoch: int) -> None:

@@ -26,6 +26,7 @@ from train.model import ClassifierInput
 from train.pictures import CorruptPolicy
 
 Preset = Literal["demo", "paper"]
+Method = Literal["ntf", "bce", "probe"]
 DEMO_DATA = "demo"
 
 
@@ -112,6 +113,43 @@ class Stage2Config:
 
 
 @dataclass(frozen=True)
+class ComputeConfig:
+    """How training computes; scores and the shipped model are float32 whatever it says."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs convolutions and linear layers under autocast; rows, losses and parameters stay float32."""
+    channels_last: bool = False
+    """Keep the weights of convolutions in channels-last order."""
+    compile: bool = False
+    """Run the encoder through torch.compile: slow to start, one graph for each batch size."""
+    sync_batch_norm: bool = False
+    """Batch-norm statistics over all processes; GPUs only. Without it each process takes those of its own rows."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Embeddings of the frozen encoder that stage 2 need not compute again."""
+
+    cached_views: int = 0
+    """Different views of a picture that stage 2 goes through, epoch by epoch, with or without --cache-features; 0 draws
+    new ones in each epoch."""
+    cache_features: bool = False
+    """Keep stage 2's embeddings on disk; results are those without. It pays with --cached-views below the epochs."""
+    cache_dir: str = ""
+    """Folder of the cache, which runs on the same pictures and encoder may share; default: in the run folder."""
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """A finished run that goes on with a user's own real pictures."""
+
+    adapt_real: str = ""
+    """Folder of your own real pictures, no labels needed: stage 1 goes on with them, stage 2 and thresholds follow."""
+    run: str = ""
+    """The finished run to adapt, which stays as it is; by default the newest below runs/. Only with --adapt-real."""
+
+
+@dataclass(frozen=True)
 class DecisionConfig:
     """How the verdict's thresholds are fitted on validation pictures."""
 
@@ -126,6 +164,9 @@ class RunConfig:
     """One training run."""
 
     preset: Annotated[Preset, tyro.conf.Suppress] = "paper"
+    method: Method = "ntf"
+    """ntf: both stages of the paper; bce: the whole network with cross entropy; probe: a linear layer on the frozen
+    encoder. The last two have no stage 1 and read the encoder alone."""
     data: str = ""
     """Folder, tar shards, CSV or JSON list with a train and a val split; "demo" builds the demo data in data/demo."""
     corrupt: CorruptPolicy = "refuse"
@@ -135,6 +176,9 @@ class RunConfig:
     loss: Annotated[LossConfig, tyro.conf.arg(name="")] = field(default_factory=LossConfig)
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")] = field(default_factory=AugmentConfig)
     decision: Annotated[DecisionConfig, tyro.conf.arg(name="")] = field(default_factory=DecisionConfig)
+    compute: Annotated[ComputeConfig, tyro.conf.arg(name="")] = field(default_factory=ComputeConfig)
+    adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = field(default_factory=AdaptConfig)
+    cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     seed: int = 0
@@ -219,6 +263,7 @@ def check_config(config: RunConfig) -> None:
         ("--workers", config.workers, config.workers >= 0, "0 or more"),
         ("--seed", config.seed, config.seed >= 0, "0 or more"),
         ("--checkpoint-steps", config.checkpoint_steps, config.checkpoint_steps >= 0, "0 or more"),
+        ("--cached-views", config.cache.cached_views, config.cache.cached_views >= 0, "0 or more"),
         ("--stage2.scl-crop", config.stage2.scl_crop, config.stage2.scl_crop > 0, positive),
         (
             "--real-flagged-rate",

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from runtime.preprocess import PreprocessSpec, prepare
 from train.config import AugmentConfig
 from train.pictures import PictureRecord, load_pixels
+from train.ranks import ALONE, Ranks
 from train.transforms import random_view
 
 
@@ -47,6 +48,7 @@ class ViewPlan:
         first: rows and columns of the first view.
         second: rows and columns of the second, independently cropped view.
         augment: what happens to a view besides cropping.
+        draws: different views of a picture, gone through epoch by epoch; 0 draws new ones in each epoch.
     """
 
     seed: int
@@ -54,6 +56,11 @@ class ViewPlan:
     first: tuple[int, int]
     second: tuple[int, int]
     augment: AugmentConfig
+    draws: int = 0
+
+    def draw(self, epoch: int) -> int:
+        """Number of the views that an epoch sees."""
+        return epoch % self.draws if self.draws else epoch
 
 
 class ViewDataset(Dataset[tuple[Tensor, Tensor, int]]):
@@ -65,7 +72,7 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor, int]]):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, int]:
         record, plan = self.records[key.index], self.plan
-        rng = np.random.default_rng([plan.seed, plan.stage, key.epoch, key.index])
+        rng = np.random.default_rng([plan.seed, plan.stage, plan.draw(key.epoch), key.index])
         rgb = load_pixels(record)
         first = random_view(rgb, plan.first, plan.augment, rng)
         return first, random_view(rgb, plan.second, plan.augment, rng), record.label
@@ -74,12 +81,16 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor, int]]):
 class EpochBatches(Sampler[list[Key]]):
     """Batches of one epoch in the order that (seed, stage, epoch) gives, from batch `start` on.
 
-    The last batch is smaller when the pictures do not fill it; no picture is left out.
+    The last batch is smaller when the pictures do not fill it; no picture is left out. Several processes get
+    consecutive parts of each batch; one whose part is empty gets a picture whose rows it has to leave out.
     """
 
-    def __init__(self, count: int, batch_size: int, plan: ViewPlan, epoch: int, start: int = 0) -> None:
+    def __init__(
+        self, count: int, batch_size: int, plan: ViewPlan, epoch: int, start: int = 0, ranks: Ranks = ALONE
+    ) -> None:
         self.batches = batch_count(count, batch_size)
         self.count, self.batch_size, self.plan, self.epoch, self.start = count, batch_size, plan, epoch, start
+        self.ranks = ranks
 
     def __len__(self) -> int:
         return self.batches - self.start
@@ -88,7 +99,9 @@ class EpochBatches(Sampler[list[Key]]):
         order = np.random.default_rng([self.plan.seed, self.plan.stage, self.epoch]).permutation(self.count)
         for batch in range(self.start, self.batches):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [Key(self.epoch, int(index)) for index in chosen]
+            part = self.ranks.part(len(chosen))
+            mine = chosen[part] if part.stop > part.start else chosen[-1:]
+            yield [Key(self.epoch, int(index)) for index in mine]
 
 
 class PreparedDataset(Dataset[NDArray[np.uint8]]):
@@ -118,15 +131,16 @@ def view_loader(
     epoch: int,
     start: int = 0,
     workers: int = 0,
+    ranks: Ranks = ALONE,
 ) -> DataLoader[ViewBatch]:
-    """Loader over the views of one epoch, from batch `start` on.
+    """Loader over this process's part of the views of one epoch, from batch `start` on.
 
     Raises:
         PictureError: while iterating, for a picture that cannot be decoded.
     """
     return DataLoader(
         ViewDataset(records, plan),
-        batch_sampler=EpochBatches(len(records), batch_size, plan, epoch, start),
+        batch_sampler=EpochBatches(len(records), batch_size, plan, epoch, start, ranks),
         num_workers=workers,
         collate_fn=_view_batch,
         # Its own generator: the loader would otherwise draw from, and so shift, the run's random numbers.

@@ -29,7 +29,10 @@ class ProjectionHead(nn.Sequential):
         super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, embedding_dim))
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        return F.normalize(super().forward(embeddings), dim=-1)
+        rows = super().forward(embeddings)
+        if torch.is_autocast_enabled(rows.device.type):
+            rows = rows.float()  # unit length to float32's precision, which the losses rely on
+        return F.normalize(rows, dim=-1)
 
 
 class PixelNormalizer(nn.Module):
@@ -61,9 +64,13 @@ class TraceModel(nn.Module):
         self.head_hom = ProjectionHead(encoder.width, embedding_dim)
         self.head_het = ProjectionHead(encoder.width, embedding_dim)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Encoder embeddings e, (N, d), of raw images (N, H, W, 3) uint8."""
+        return self.encoder.embed(self.normalizer(images))
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Homogeneous and heterogeneous unit rows, each (N, C), of raw images (N, H, W, 3) uint8."""
-        embedding = self.encoder.embed(self.normalizer(images))
+        embedding = self.embed(images)
         return self.head_hom(embedding), self.head_het(embedding)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -17,29 +18,64 @@ import torch
 import tyro
 
 from runtime.errors import NTFError
+from train.adaptation import (
+    adaptable_config,
+    adapted_training,
+    adapted_validation,
+    own_pictures,
+    parent_record,
+    refuse_other_pictures,
+)
 from train.checkpoint import (
     CONFIG_FILE,
     STAGE1_FILE,
     STAGE2_FILE,
+    STATE_FILE,
+    TEMPORARIES,
     load_config,
+    load_detector,
+    load_start,
     load_state,
+    newest_run,
+    remove_temporaries,
     require_run_file,
     save_calibration,
     save_json,
     save_weights,
     trim_history,
 )
-from train.config import DEMO_DATA, Preset, RunConfig, check_config, config_from_file, preset_config
+from train.compute import check_compute, choose_device, prepare_model
+from train.config import (
+    DEMO_DATA,
+    AdaptConfig,
+    Preset,
+    RunConfig,
+    check_config,
+    config_from_file,
+    preset_config,
+)
 from train.encoder import Encoder, load_encoder, load_exactly, read_state
-from train.errors import CheckpointError, ConfigError
+from train.errors import ConfigError
+from train.feature_cache import FeatureCache, cache_key
 from train.integrity import CORRUPT_FILE, corrupt_counts, split_of_run
-from train.loss_backend import STATE_KEY, LossBackend, choose_loss_backend, resumed_loss_backend
+from train.loss_backend import LossBackend, choose_loss_backend, resumed_loss_backend
+from train.methods import METHODS, check_method, method_config
 from train.metrics import fit_calibration
 from train.model import NTFDetector, TraceModel, detector_from_traces
-from train.pictures import PictureSet
 from train.provenance import environment
+from train.ranks import ALONE, Ranks, check_ranks, joined, ranks_from_environment
 from train.scoring import mean_natural_trace, score_pictures
-from train.stages import DetectorStage, Position, StageLoop, TraceStage
+from train.session import (
+    CONFIG_KEY,
+    Session,
+    TrainingData,
+    fingerprint,
+    refuse_changed_config,
+    refuse_changed_data,
+    refuse_other_processes,
+    refuse_too_few_pictures,
+)
+from train.stages import CrossEntropyStage, DetectorStage, StageCache, TraceStage, stage2_plan
 
 RUNS = Path("runs")
 
@@ -61,26 +97,21 @@ class Options:
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """Both splits and their hashes."""
-
-    train: PictureSet
-    validation: PictureSet
-    hashes: dict[str, str]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     try:
+        ranks = ranks_from_environment()
         options = parse_options(sys.argv[1:] if arguments is None else list(arguments))
-        if options.resume is None:
-            # Now, because --overwrite would remove a finished run for one that cannot start.
-            choose_loss_backend(options.run.loss.loss_backend, choose_device(options.run.device).type)
-        run = options.resume or prepare_run_folder(options)
-        train(options.run, run, resume=options.resume is not None)
+        device = choose_device(options.run.device, ranks)
+        check_start(options.run, device, ranks, resume=options.resume is not None)
+        with joined(ranks, device):
+            run = options.resume or ranks.from_first(lambda: prepare_run_folder(options))
+            train(options.run, run, resume=options.resume is not None, ranks=ranks)
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}: correct it and go on with --resume; the last checkpoint is whole", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; go on with python -m train.run --resume RUN", file=sys.stderr)
@@ -95,17 +126,24 @@ def parse_options(arguments: list[str]) -> Options:
         ConfigError: values that do not make sense, or a resumed run with changed options.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=("demo", "paper"), default="demo")
+    first.add_argument("--preset", choices=("demo", "paper"))
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path)
+    first.add_argument("--adapt-real")
+    first.add_argument("--run", type=Path)
     known, _ = first.parse_known_args(arguments)
     if known.resume is not None:
         base = load_config(known.resume)
+    elif known.adapt_real is not None:
+        parent = known.run or newest_run()
+        base = dataclasses.replace(adaptable_config(parent), adapt=AdaptConfig(known.adapt_real, str(parent)))
     else:
-        base = preset_config(known.preset) if known.config is None else config_from_file(known.config)
-    options = tyro.cli(
-        Options, prog="python -m train.run", args=arguments, default=Options(preset=known.preset, run=base)
-    )
+        base = preset_config(known.preset or "demo") if known.config is None else config_from_file(known.config)
+    default = Options(preset=known.preset or "demo", run=base)
+    options = tyro.cli(Options, prog="python -m train.run", args=arguments, default=default)
+    options = dataclasses.replace(options, run=method_config(options.run))
+    if known.resume is None:
+        _refuse_unfit_adaptation(options, base, known.preset)
     if known.resume is not None and (options.run != base or options.config or options.out or options.overwrite):
         raise ConfigError(
             f"--resume {known.resume}",
@@ -114,7 +152,54 @@ def parse_options(arguments: list[str]) -> Options:
             remedy="pass --resume alone, or start a new run with --config",
         )
     check_config(options.run)
+    check_method(options.run)
     return options
+
+
+def _refuse_unfit_adaptation(options: Options, base: RunConfig, preset: str | None) -> None:
+    adapt = options.run.adapt
+    if adapt.run and not adapt.adapt_real:
+        raise ConfigError(
+            f"--run {adapt.run}",
+            got="no --adapt-real",
+            wanted="a folder of real pictures to adapt the run to",
+            remedy="pass --adapt-real DIR, or --resume to go on with a run that was stopped",
+        )
+    if not adapt.adapt_real:
+        return
+    fixed = ("model", "data")
+    changed = [name for name in fixed if getattr(options.run, name) != getattr(base, name)]
+    if options.config is not None or preset is not None:
+        changed.append("preset or configuration")
+    if changed:
+        raise ConfigError(
+            f"--adapt-real {adapt.adapt_real}",
+            got=f"another {', '.join(changed)} than {adapt.run} has",
+            wanted="options of stages, loss, decision and computation alone",
+            remedy="leave them out, or train a new run",
+        )
+
+
+def check_start(config: RunConfig, device: torch.device, ranks: Ranks, *, resume: bool) -> None:
+    """Refuse what cannot run here before a folder is made or replaced, or another process waited for.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    batch_sizes = {"--stage2.batch-size": config.stage2.batch_size}
+    if METHODS[config.method].natural_traces:
+        batch_sizes = {"--stage1.batch-size": config.stage1.batch_size} | batch_sizes
+    check_ranks(ranks, batch_sizes=batch_sizes)
+    check_compute(config.compute, device, ranks)
+    if config.cache.cache_features and ranks.local_size < ranks.size:
+        raise ConfigError(
+            "--cache-features",
+            got="processes on several machines",
+            wanted="one machine, whose processes map the same file",
+            remedy="leave it out",
+        )
+    if not resume:  # a resumed run has its implementation in its checkpoint
+        choose_loss_backend(config.loss.loss_backend, device.type)
 
 
 def prepare_run_folder(options: Options) -> Path:
@@ -123,9 +208,11 @@ def prepare_run_folder(options: Options) -> Path:
     Raises:
         ConfigError: the folder is taken.
     """
-    name = f"{options.run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    kind = f"{Path(options.run.adapt.run).name}-adapted" if options.run.adapt.adapt_real else options.run.preset
+    name = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = options.out or RUNS / name
-    if run.exists() and any(run.iterdir()):
+    # A run that was killed before it had a configuration has nothing to resume and may be started again.
+    if run.exists() and {path.name for path in run.iterdir()} - {path.name for path in run.glob(TEMPORARIES)}:
         if not options.overwrite or not (run / CONFIG_FILE).is_file():
             raise ConfigError(
                 f"--out {run}",
@@ -138,13 +225,14 @@ def prepare_run_folder(options: Options) -> Path:
     return run
 
 
-def train(config: RunConfig, run: Path, *, resume: bool = False) -> NTFDetector:
+def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = ALONE) -> NTFDetector:
     """Train both stages and calibrate; everything is left in the run folder.
 
     Args:
         config: what to do.
         run: run folder; empty, or with `resume` one that was stopped.
         resume: go on where the last checkpoint stands, to the same numbers as without the stop.
+        ranks: this process among those that train the run; inside of `train.ranks.joined`.
 
     Returns:
         The trained detector in eval mode.
@@ -153,74 +241,149 @@ def train(config: RunConfig, run: Path, *, resume: bool = False) -> NTFDetector:
         NTFError: a configuration, data, checkpoint or training error, in a full sentence.
     """
     check_config(config)
-    device = choose_device(config.device)
-    saved = load_state(run) if resume else None
-    if saved is None:
+    check_method(config)
+    device = choose_device(config.device, ranks)
+    saved = load_state(run) if resume and (run / STATE_FILE).is_file() else None
+    # A run that was stopped before its first checkpoint begins again, as it began.
+    begun = saved if saved is not None or not resume else load_start(run)
+    if begun is None:
         backend = choose_loss_backend(config.loss.loss_backend, device.type)
     else:
-        backend = resumed_loss_backend(saved, device.type, run)
-    data = load_training_data(config)
-    if saved is not None:
-        refuse_changed_data(saved, data, run)
-        trim_history(run, stage=saved["stage"], epoch=saved["epoch"])
+        refuse_changed_config(begun, config, run)
+        refuse_other_processes(begun, ranks, run)
+        backend = resumed_loss_backend(begun, device.type, run)
+    data = ranks.from_first(lambda: load_training_data(config))
+    refuse_too_few_pictures(data, ranks)
+    session = Session(config, run, data, device, saved, backend, ranks)
+    if begun is not None:
+        refuse_changed_data(begun, data, run)
+    if ranks.first:
+        remove_temporaries(run)
+        if begun is None:
+            write_config(run, config, data, backend, ranks)
+        else:
+            stage, epoch = (saved["stage"], saved["epoch"]) if saved is not None else (1, 0)
+            trim_history(run, stage=stage, epoch=epoch)
+        print(f"training in {run} on {device}, seed {config.seed}", ranks.describe(), sep=", ", flush=True)
+        if METHODS[config.method].natural_traces:
+            print(backend.describe(), flush=True)
+
+    if METHODS[config.method].natural_traces:
+        detector = train_detector(session, train_traces(session))
     else:
-        write_config(run, config, data, backend)
-    print(f"training in {run} on {device}, seed {config.seed}", backend.describe(), sep="\n", flush=True)
-
-    traces = train_traces(config, run, data, device, saved, backend)
-    detector = train_detector(config, run, data, traces, device, saved, backend)
-    return finish(config, run, data, detector)
+        detector = train_classifier(session)
+    return finish(config, run, data, detector) if ranks.first else detector.eval()
 
 
-def train_traces(
-    config: RunConfig,
-    run: Path,
-    data: TrainingData,
-    device: torch.device,
-    saved: dict[str, Any] | None,
-    backend: LossBackend,
-) -> TraceModel:
+def train_traces(session: Session) -> TraceModel:
     """Stage 1, or what an earlier session made of it."""
+    config, run, saved = session.config, session.run, session.saved
     torch.manual_seed(config.seed)
     if saved is not None and saved["stage"] > 1:
-        model = TraceModel(Encoder(config.model.encoder), config.model.embedding_dim)
-        path = require_run_file(run, STAGE1_FILE)
-        load_exactly(model, read_state(path), source=path)
-        return model.to(device)
-    encoder = load_encoder(config.model.encoder, config.model.encoder_weights)
-    model = TraceModel(encoder, config.model.embedding_dim).to(device)
-    position = Position() if saved is None else position_of(saved)
-    stage = TraceStage(model, data.train.records, config)
-    StageLoop(stage, run, config, position, saved, fingerprint(data, backend)).train()
-    save_weights(run / STAGE1_FILE, model)
+        return load_traces(config, run).to(session.device)
+    if config.adapt.adapt_real:
+        model = load_traces(config, Path(config.adapt.run))
+    else:
+        encoder = load_encoder(config.model.encoder, config.model.encoder_weights)
+        model = TraceModel(encoder, config.model.embedding_dim)
+    model.to(session.device)
+    prepare_model(model, config.compute)
+    session.loop(TraceStage(model, session.data.traces, config, session.ranks)).train()
+    if session.ranks.first:
+        save_weights(run / STAGE1_FILE, model)
     return model
 
 
-def train_detector(
-    config: RunConfig,
-    run: Path,
-    data: TrainingData,
-    traces: TraceModel,
-    device: torch.device,
-    saved: dict[str, Any] | None,
-    backend: LossBackend,
-) -> NTFDetector:
+def load_traces(config: RunConfig, run: Path) -> TraceModel:
+    """What stage 1 of a run left.
+
+    Raises:
+        CheckpointError: it is not there, or does not fit.
+    """
+    model = TraceModel(Encoder(config.model.encoder), config.model.embedding_dim)
+    path = require_run_file(run, STAGE1_FILE)
+    load_exactly(model, read_state(path), source=path)
+    return model
+
+
+def train_detector(session: Session, traces: TraceModel) -> NTFDetector:
     """Stage 2 on the frozen encoder."""
+    config, model = session.config, session.config.model
     torch.manual_seed(config.seed + 1)
-    model = config.model
-    detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input).to(device)
-    mine = saved if saved is not None and saved["stage"] == 2 else None
-    position = Position(stage=2) if mine is None else position_of(mine)
-    stage = DetectorStage(detector, data.train.records, config, data.validation.records, backend.name)
-    StageLoop(stage, run, config, position, mine, fingerprint(data, backend)).train()
+    detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input).to(session.device)
+    if config.adapt.adapt_real:
+        parent = load_detector(Path(config.adapt.run))
+        detector.projection.load_state_dict(parent.projection.state_dict())
+        detector.classifier.load_state_dict(parent.classifier.state_dict())
+    return run_stage2(session, detector, DetectorStage)
+
+
+def train_classifier(session: Session) -> NTFDetector:
+    """Stage 2 of a method without natural traces; what is of them in the detector stays as it was drawn."""
+    config, model = session.config, session.config.model
+    torch.manual_seed(config.seed + 1)
+    encoder = load_encoder(model.encoder, model.encoder_weights)
+    detector = NTFDetector(encoder, model.embedding_dim, model.classifier_input).to(session.device)
+    return run_stage2(session, detector, CrossEntropyStage)
+
+
+def run_stage2(session: Session, detector: NTFDetector, kind: type[DetectorStage]) -> NTFDetector:
+    """Train a detector on the labelled pictures."""
+    config, data = session.config, session.data
+    prepare_model(detector, config.compute)
+    stage = kind(
+        detector,
+        data.train.records,
+        config,
+        data.validation.records,
+        session.backend.name,
+        session.ranks,
+        open_cache(session, detector),
+    )
+    session.loop(stage).train()
     return detector
+
+
+def open_cache(session: Session, detector: NTFDetector) -> StageCache | None:
+    """The cache of stage 2's embeddings where the configuration asks for one; made by the first process.
+
+    Raises:
+        ConfigError: the disk has no room for it.
+    """
+    config, records = session.config, session.data.train.records
+    if not config.cache.cache_features:
+        return None
+    plan = stage2_plan(config, detector.input_size)
+    arithmetic = [
+        dataclasses.asdict(config.compute),
+        dataclasses.asdict(config.equalize),
+        session.device.type,
+        config.method,
+    ]
+    key = cache_key(session.data.hashes["train_sha256"], records, detector.encoder, plan, arithmetic)
+    path = Path(config.cache.cache_dir or session.run / "cache") / key.name()
+    draws = config.cache.cached_views or config.stage2.epochs
+
+    def opened() -> FeatureCache:
+        return FeatureCache(path, draws=draws, pictures=len(records), width=detector.encoder.width)
+
+    def make() -> None:
+        size = opened().size_bytes
+        print(f"caching embeddings of {draws} views of {len(records):,} pictures in {path}, {size / 1e6:,.1f} MB")
+        if draws >= config.stage2.epochs:
+            print("note: no view comes twice in this run, so it is not faster: --cached-views sets how many there are")
+
+    session.ranks.from_first(make)
+    return StageCache(opened())
 
 
 def finish(config: RunConfig, run: Path, data: TrainingData, detector: NTFDetector) -> NTFDetector:
     """Store the mean natural trace and fit temperature, bias and thresholds on the validation pictures."""
-    detector.eval()
-    reals = [record for record in data.train.records if record.label == 0]
-    detector.mean_trace.copy_(mean_natural_trace(detector, reals, workers=config.workers))
+    # As `load_detector` has it, so that thresholds are those of the model that is shipped.
+    detector.eval().to(memory_format=torch.contiguous_format)
+    if METHODS[config.method].natural_traces:
+        reals = [record for record in data.traces if record.label == 0]
+        detector.mean_trace.copy_(mean_natural_trace(detector, reals, workers=config.workers))
     save_weights(run / STAGE2_FILE, detector)
     scores = score_pictures(detector, data.validation.records, workers=config.workers)
     labels = np.array([record.label for record in data.validation.records])
@@ -246,9 +409,16 @@ def load_training_data(config: RunConfig) -> TrainingData:
     """
     source = _demo_data() if config.data == DEMO_DATA else Path(config.data)
     train, validation = (split_of_run(config, source, split) for split in ("train", "val"))
+    traces = train.records
+    if config.adapt.adapt_real:
+        refuse_other_pictures(config, train, validation)
+        traces = own_pictures(config).learnt
+        train, validation = adapted_training(config, train), adapted_validation(config, validation)
     print(train.describe(), validation.describe(), config.equalize.describe(), sep="\n")
     hashes = {"train_sha256": train.content_sha256(), "val_sha256": validation.content_sha256()}
-    return TrainingData(train, validation, hashes)
+    if config.adapt.adapt_real:
+        hashes |= {f"parent_{name}": value for name, value in parent_record(config).items() if name != "run"}
+    return TrainingData(train, validation, hashes, traces)
 
 
 def _demo_data() -> Path:
@@ -257,12 +427,7 @@ def _demo_data() -> Path:
     return ensure_demo_data()
 
 
-def fingerprint(data: TrainingData, backend: LossBackend) -> dict[str, str]:
-    """What every checkpoint carries, so that a resume goes on with the same pictures and the same arithmetic."""
-    return data.hashes | {STATE_KEY: backend.name}
-
-
-def write_config(run: Path, config: RunConfig, data: TrainingData, backend: LossBackend) -> None:
+def write_config(run: Path, config: RunConfig, data: TrainingData, backend: LossBackend, ranks: Ranks = ALONE) -> None:
     """The resolved configuration with everything that a reader needs to repeat the run."""
     corrupt = data.train.corrupt + data.validation.corrupt
     pictures: dict[str, Any] = {"train_pictures": len(data.train), "val_pictures": len(data.validation)}
@@ -270,57 +435,22 @@ def write_config(run: Path, config: RunConfig, data: TrainingData, backend: Loss
     if corrupt:
         listed = [dataclasses.asdict(picture) for picture in corrupt]
         save_json(run / CORRUPT_FILE, {"counts": corrupt_counts(corrupt), "pictures": listed})
-    save_json(
-        run / CONFIG_FILE,
-        {
-            "config": dataclasses.asdict(config),
-            "data": data.hashes | pictures,
-            "environment": environment() | {"loss_backend": dataclasses.asdict(backend)},
-        },
-    )
-
-
-def refuse_changed_data(saved: dict[str, Any], data: TrainingData, run: Path) -> None:
-    """Refuse to go on with other pictures than the run began with.
-
-    Raises:
-        CheckpointError: a hash differs.
-    """
-    for name, digest in data.hashes.items():
-        if saved[name] != digest:
-            raise CheckpointError(
-                f"--resume {run}",
-                got=f"pictures with {name} {digest[:12]}",
-                wanted=f"the ones it began with, {saved[name][:12]}",
-                remedy="restore the data, or start a new run",
-            )
-
-
-def position_of(saved: dict[str, Any]) -> Position:
-    """Where a checkpoint stands."""
-    return Position(saved["stage"], saved["epoch"], saved["step"], dict(saved["sums"]))
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device that was asked for.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"--device {name}",
-            got=str(error).split("\n", 1)[0],
-            wanted="a device that this machine has",
-            remedy="pass --device cpu, or auto",
-        ) from error
-    return device
+    start = {name: value for name, value in fingerprint(config, data, backend, ranks).items() if name != CONFIG_KEY}
+    content: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "data": data.hashes | pictures,
+        "environment": environment() | {"loss_backend": dataclasses.asdict(backend)},
+        "start": start,
+    }
+    if config.adapt.adapt_real:
+        content["parent"] = parent_record(config)
+    save_json(run / CONFIG_FILE, content)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status and "WORLD_SIZE" in os.environ:
+        # Threads of a broken process group would keep this process from ending, and torchrun from ending the others.
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

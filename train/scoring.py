@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from runtime.preprocess import PreprocessSpec
-from train.data import PictureRecord
 from train.encoder import Encoder
 from train.loading import batch_count, prepared_loader
 from train.model import NTFDetector
+from train.pictures import PictureRecord
 
 
 class Scores(NamedTuple):
@@ -66,6 +66,35 @@ def score_pictures(
     finally:
         for module in training:
             module.training = True
+    return Scores(torch.cat(logits).numpy(), torch.cat(similarity).numpy())
+
+
+@torch.inference_mode()
+def embed_pictures(
+    detector: NTFDetector, records: Sequence[PictureRecord], *, batch_size: int = 32, workers: int = 0
+) -> torch.Tensor:
+    """Embeddings e of the records, (N, d) float32 on the CPU, in their order; the encoder is in eval mode.
+
+    Args:
+        detector: whose encoder is frozen.
+        records: at least one.
+        batch_size: pictures in a forward pass; the same as in `score_pictures` gives the same bits.
+        workers: processes that decode.
+    """
+    device = next(detector.parameters()).device
+    loader = prepared_loader(records, preprocess_spec(detector.encoder), batch_size=batch_size, workers=workers)
+    return torch.cat([detector.embed(images.to(device)).float().cpu() for images in loader])
+
+
+@torch.inference_mode()
+def score_embeddings(detector: NTFDetector, embeddings: torch.Tensor, *, batch_size: int = 32) -> Scores:
+    """What `score_pictures` gives for the pictures of these embeddings (N, d)."""
+    device = next(detector.parameters()).device
+    logits, similarity = [], []
+    for rows in embeddings.to(device).split(batch_size):
+        projected = detector.projection(rows)
+        logits.append(detector.classify(rows, projected).float().cpu())
+        similarity.append(detector.similarity_to_traces(projected).float().cpu())
     return Scores(torch.cat(logits).numpy(), torch.cat(similarity).numpy())
 
 

@@ -1,40 +1,33 @@
-"""Both stages of the method, and the one loop that trains either."""
+"""Both stages of the method: what each trains, on which views, and what it reports."""
 
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
-from cpp_ext import soft_contrastive_loss
+from cpp_ext import gathered_soft_contrastive_loss
 from cpp_ext.ops import Implementation
-from train.checkpoint import STATE_FILE, append_history, save_state
+from train.compute import autocast, compiled
 from train.config import RunConfig, Stage1Config, Stage2Config
-from train.data import PictureRecord
-from train.errors import ConfigError, TrainingError
-from train.loading import ViewBatch, ViewPlan, batch_count, prepared_loader, view_loader
+from train.errors import ConfigError
+from train.feature_cache import FeatureCache
+from train.loading import EpochBatches, ViewBatch, ViewPlan, batch_count, prepared_loader, view_loader
 from train.losses import detector_loss, natural_trace_loss, spread_of
+from train.methods import METHODS
 from train.model import NTFDetector, TraceModel, freeze_natural_traces
-from train.scoring import preprocess_spec, score_pictures
+from train.pictures import PictureRecord
+from train.ranks import ALONE, Ranks
+from train.scoring import embed_pictures, preprocess_spec, score_embeddings, score_pictures
 
 # Rows all over the sphere have a standard deviation of 1 / sqrt(C) a dimension. Eq. (2) pulls them together on purpose;
 # at 3 % of it the mean squared distance of two rows is 0.002 of at most 4, and they say the same of every picture.
@@ -43,15 +36,24 @@ COLLAPSE_STD_SHARE = 0.03
 COLLAPSE_RANK = 2.0
 SPREAD_PICTURES = 256
 
+# Boolean entries of `Stage.losses` count batches in which a loss has nothing to work on, and what that means.
+ONE_PICTURE, ONE_CLASS, NO_REAL = "one_picture_batches", "one_class_batches", "no_real_batches"
+DEGENERATE = {
+    ONE_PICTURE: "had one picture alone: no other to be compared with in Eqs. (1) and (2)",
+    ONE_CLASS: "had one class alone: nothing to tell apart",
+    NO_REAL: "had no real picture, so no natural traces and no contrastive loss",
+}
 
-@dataclass
-class Position:
-    """Where a run stands: the next batch to train, and what the epoch so far has summed up."""
 
-    stage: int = 1
-    epoch: int = 0
-    step: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+class FeatureBatch(NamedTuple):
+    """Embeddings of two views of each of B pictures."""
+
+    first: Tensor  # (B, d)
+    second: Tensor  # (B, d)
+    labels: Tensor  # (B,) int64
+
+
+Batch = ViewBatch | FeatureBatch
 
 
 class Stage(ABC):
@@ -63,6 +65,8 @@ class Stage(ABC):
         records: training pictures.
         settings: epochs, batch size and optimiser.
         plan: the views to draw.
+        config: of the run.
+        ranks: the processes that train it together.
     """
 
     number: int
@@ -70,6 +74,8 @@ class Stage(ABC):
     records: Sequence[PictureRecord]
     settings: Stage1Config | Stage2Config
     plan: ViewPlan
+    config: RunConfig
+    ranks: Ranks
 
     @abstractmethod
     def trainable(self) -> list[nn.Parameter]:
@@ -80,8 +86,15 @@ class Stage(ABC):
         """Train mode for what is trained, eval mode for what is frozen."""
 
     @abstractmethod
-    def losses(self, batch: ViewBatch) -> dict[str, Tensor]:
-        """Scalars of a batch; "loss" is the one that is minimised."""
+    def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
+        """Scalars of a joint batch of so many pictures, alike in all processes; "loss" is the one that is minimised.
+
+        Boolean ones are those of `DEGENERATE`, which are counted.
+
+        Args:
+            batch: this process's part.
+            pictures: of the joint batch.
+        """
 
     @abstractmethod
     def epoch_report(self) -> tuple[dict[str, float], list[str]]:
@@ -92,17 +105,48 @@ class Stage(ABC):
         """Batches in an epoch."""
         return batch_count(len(self.records), self.settings.batch_size)
 
+    def pictures(self, step: int) -> int:
+        """Pictures of the joint batch `step`; the last one may have fewer."""
+        size = self.settings.batch_size
+        return min(size, len(self.records) - step * size)
+
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        """This process's parts of the batches of an epoch, from batch `start` on, on the model's device."""
+        yield from self.view_batches(epoch, start)
+
+    def view_batches(self, epoch: int, start: int) -> Iterator[ViewBatch]:
+        """The same, as pixels."""
+        loader = view_loader(
+            self.records,
+            self.plan,
+            batch_size=self.settings.batch_size,
+            epoch=epoch,
+            start=start,
+            workers=self.config.workers,
+            ranks=self.ranks,
+        )
+        for batch in loader:
+            yield ViewBatch(*(tensor.to(self.device) for tensor in batch))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
+
 
 class TraceStage(Stage):
     """Stage 1: natural traces from real pictures alone, Eqs. (1) to (4)."""
 
     number = 1
 
-    def __init__(self, model: TraceModel, records: Sequence[PictureRecord], config: RunConfig) -> None:
+    def __init__(
+        self, model: TraceModel, records: Sequence[PictureRecord], config: RunConfig, ranks: Ranks = ALONE
+    ) -> None:
         self.model: TraceModel = model
         self.records = [record for record in records if record.label == 0]
-        self.config = config
+        self.config, self.ranks = config, ranks
         self.settings = config.stage1
+        self.embed = compiled(model.embed, config.compute)
         size = model.encoder.input_size
         self.plan = ViewPlan(config.seed, 1, size, size, config.augment)
 
@@ -114,8 +158,11 @@ class TraceStage(Stage):
         self.model.train()
         self.model.encoder.train(self.config.stage1.train_encoder)
 
-    def losses(self, batch: ViewBatch) -> dict[str, Tensor]:
-        z_hom, z_het = self.model(torch.cat((batch.first, batch.second)))
+    def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
+        with autocast(self.config.compute, self.device):
+            embeddings = self.embed(torch.cat((batch.first, batch.second)))
+            own = self.model.head_hom(embeddings), self.model.head_het(embeddings)
+        z_hom, z_het = self._joint_rows(*own, pictures)
         loss = self.config.loss
         result = natural_trace_loss(
             z_hom,
@@ -131,13 +178,22 @@ class TraceStage(Stage):
             "homogeneous": result.homogeneous,
             "heterogeneous": result.heterogeneous,
             "orthogonality": result.orthogonality,
+            ONE_PICTURE: torch.tensor(pictures == 1),
         }
+
+    def _joint_rows(self, z_hom: Tensor, z_het: Tensor, pictures: int) -> tuple[Tensor, Tensor]:
+        """Rows of all processes, first views before second views, as one process has them."""
+        own = torch.stack((z_hom, z_het), dim=1).unflatten(0, (2, -1)).transpose(0, 1)  # (b, views, heads, C)
+        rows = self.ranks.joint(own, pictures).transpose(0, 1).flatten(0, 1)
+        return rows[:, 0], rows[:, 1]
 
     @torch.inference_mode()
     def epoch_report(self) -> tuple[dict[str, float], list[str]]:
         """Spread of the homogeneous rows over up to 256 training pictures; Eq. (2) alone would collapse them."""
         self.model.eval()
-        device = next(self.model.parameters()).device
+        if not self.ranks.first:
+            return {}, []
+        device = self.device
         spec = preprocess_spec(self.model.encoder)
         loader = prepared_loader(self.records[:SPREAD_PICTURES], spec, batch_size=32)
         rows = torch.cat([self.model(images.to(device))[0] for images in loader])
@@ -164,6 +220,8 @@ class DetectorStage(Stage):
         config: of the run.
         validation: pictures to score after each epoch.
         loss_backend: implementation of Eq. (5).
+        ranks: the processes that train it together.
+        cache: embeddings that were computed before, or None.
     """
 
     number = 2
@@ -175,13 +233,17 @@ class DetectorStage(Stage):
         config: RunConfig,
         validation: Sequence[PictureRecord],
         loss_backend: Implementation,
+        ranks: Ranks = ALONE,
+        cache: StageCache | None = None,
     ) -> None:
         self.model: NTFDetector = model
         self.records = list(records)
         self.validation = validation
-        self.config = config
+        self.config, self.ranks = config, ranks
         self.settings = config.stage2
+        self.embed = compiled(model.embed, config.compute)
         self.loss_backend = loss_backend
+        self.cache = cache
         crop = config.stage2.scl_crop
         if model.encoder.fixed_input_size and (crop, crop) != model.input_size:
             raise ConfigError(
@@ -190,7 +252,7 @@ class DetectorStage(Stage):
                 wanted=f"{model.input_size[0]}",
                 remedy="pass the encoder's input size, or choose a convolutional encoder",
             )
-        self.plan = ViewPlan(config.seed, 2, model.input_size, (crop, crop), config.augment)
+        self.plan = stage2_plan(config, model.input_size)
 
     def trainable(self) -> list[nn.Parameter]:
         freeze_natural_traces(self.model)
@@ -200,17 +262,45 @@ class DetectorStage(Stage):
         self.model.train()
         freeze_natural_traces(self.model)
 
-    def losses(self, batch: ViewBatch) -> dict[str, Tensor]:
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        if self.cache is None:
+            yield from self.view_batches(epoch, start)
+            return
+        cache, draw = self.cache.views, self.plan.draw(epoch)
+        size = self.settings.batch_size
+        keys = list(EpochBatches(len(self.records), size, self.plan, epoch, start, self.ranks))
+        known = next((step for step, batch in enumerate(keys) if not cache.holds(draw, batch)), len(keys))
+        for batch_keys in keys[:known]:
+            labels = torch.tensor([self.records[key.index].label for key in batch_keys])
+            yield FeatureBatch(*(part.to(self.device) for part in (*cache.read(draw, batch_keys), labels)))
+        if known == len(keys):
+            return
+        for batch_keys, views in zip(keys[known:], self.view_batches(epoch, start + known), strict=True):
+            features = self.encode(views)
+            cache.write(draw, batch_keys, features.first, features.second)
+            yield features
+
+    @torch.no_grad()
+    def encode(self, batch: ViewBatch) -> FeatureBatch:
+        """Embeddings of a batch by the frozen encoder, float32."""
+        with autocast(self.config.compute, self.device):
+            return FeatureBatch(self.embed(batch.first).float(), self.embed(batch.second).float(), batch.labels)
+
+    def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
         model, loss = self.model, self.config.loss
-        with torch.no_grad():
-            embeddings = model.embed(batch.first)
-            crops = model.embed(batch.second)
-            real = batch.labels == 0
+        rows = self.ranks.counts(pictures)[self.ranks.rank]
+        features = batch if isinstance(batch, FeatureBatch) else self.encode(batch)
+        embeddings, crops, labels = (part[:rows] for part in features)
+        with torch.no_grad(), autocast(self.config.compute, self.device):
+            real = labels == 0
             seen = embeddings if self.config.stage2.trace_crop == "input" else crops
             traces = model.head_hom(seen[real])
-        contrastive = soft_contrastive_loss(
-            model.projection(crops),
-            batch.labels,
+        with autocast(self.config.compute, self.device):
+            z = model.projection(crops)
+            own_logits = model.classify(embeddings, model.projection(embeddings)).float()
+        contrastive = gathered_soft_contrastive_loss(
+            z,
+            labels,
             traces,
             temperature=loss.temperature,
             eta=loss.eta,
@@ -218,161 +308,89 @@ class DetectorStage(Stage):
             denominator=loss.scl_denominator,
             backend=self.loss_backend,
         )
-        logits = model.classify(embeddings, model.projection(embeddings))
-        result = detector_loss(contrastive, logits, batch.labels, gamma=loss.gamma)
+        logits = self.ranks.joint(own_logits, pictures)
+        labels = self.ranks.joint(labels, pictures)
+        result = detector_loss(contrastive, logits, labels, gamma=loss.gamma)
         return {
             "loss": result.total,
             "contrastive": result.contrastive,
             "classification": result.classification,
-            "accuracy": ((logits > 0) == (batch.labels == 1)).float().mean(),
+            ONE_CLASS: (labels == labels[0]).all(),
+            NO_REAL: (labels == 1).all(),
+            "accuracy": ((logits > 0) == (labels == 1)).float().mean(),
         }
 
     def epoch_report(self) -> tuple[dict[str, float], list[str]]:
-        """AP and accuracy at 0.5 on the validation pictures."""
-        scores = score_pictures(self.model, self.validation, progress=False, workers=self.config.workers)
+        """AP and accuracy at 0.5 on the validation pictures; each process scores its part of them."""
+        mine = self.validation[self.ranks.part(len(self.validation))]
+        own = self._validation_logits(mine) if mine else np.empty(0, np.float32)
+        logits = np.concatenate(self.ranks.gather_objects(own))
         labels = np.array([record.label for record in self.validation])
         return {
-            "val_ap": float(average_precision_score(labels, scores.logits)),
-            "val_accuracy": float(np.mean((scores.logits > 0) == (labels == 1))),
+            "val_ap": float(average_precision_score(labels, logits)),
+            "val_accuracy": float(np.mean((logits > 0) == (labels == 1))),
         }, []
 
+    def _validation_logits(self, records: Sequence[PictureRecord]) -> NDArray[np.float32]:
+        if self.cache is None:
+            return score_pictures(self.model, records, progress=False, workers=self.config.workers).logits
+        if self.cache.validation is None:
+            self.cache.validation = embed_pictures(self.model, records, workers=self.config.workers)
+        return score_embeddings(self.model, self.cache.validation).logits
 
-class StageLoop:
-    """Trains one stage from a position on, with checkpoints, history, TensorBoard and a progress bar.
 
-    Args:
-        stage: what to train.
-        run: run folder.
-        config: of the run.
-        position: where to start; changed as training goes on.
-        saved: what `save_state` wrote for this stage, or None at its beginning.
-        fingerprint: entries that every checkpoint carries, so that a resume can refuse a changed run.
+class CrossEntropyStage(DetectorStage):
+    """Stage 2 without natural traces: the classifier on e with cross entropy alone, Eq. (6)."""
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether the encoder is trained as well."""
+        return METHODS[self.config.method].trains_encoder
+
+    def trainable(self) -> list[nn.Parameter]:
+        self.model.requires_grad_(False)
+        self.model.classifier.requires_grad_(True)
+        self.model.encoder.requires_grad_(self.trains_encoder)
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def set_train_mode(self) -> None:
+        self.model.eval()
+        self.model.encoder.train(self.trains_encoder)
+
+    def encode(self, batch: ViewBatch) -> FeatureBatch:
+        """Embeddings of the classifier's views; there is no use for the others."""
+        with torch.set_grad_enabled(self.trains_encoder), autocast(self.config.compute, self.device):
+            embeddings = self.embed(batch.first).float()
+        return FeatureBatch(embeddings, embeddings, batch.labels)
+
+    def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
+        rows = self.ranks.counts(pictures)[self.ranks.rank]
+        features = batch if isinstance(batch, FeatureBatch) else self.encode(batch)
+        with autocast(self.config.compute, self.device):
+            own_logits = self.model.classifier(features.first[:rows]).squeeze(-1).float()
+        logits = self.ranks.joint(own_logits, pictures)
+        labels = self.ranks.joint(features.labels[:rows], pictures)
+        return {
+            "loss": F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)),
+            ONE_CLASS: (labels == labels[0]).all(),
+            "accuracy": ((logits > 0) == (labels == 1)).float().mean(),
+        }
+
+
+@dataclass
+class StageCache:
+    """What stage 2 keeps of the frozen encoder.
+
+    Attributes:
+        views: embeddings of the training views, on disk.
+        validation: those of the validation pictures that this process scores, (N, d); once they are computed.
     """
 
-    def __init__(
-        self,
-        stage: Stage,
-        run: Path,
-        config: RunConfig,
-        position: Position,
-        saved: dict[str, Any] | None,
-        fingerprint: dict[str, str],
-    ) -> None:
-        self.stage, self.run, self.config, self.position = stage, run, config, position
-        self.fingerprint = fingerprint
-        settings = stage.settings
-        self.optimizer = torch.optim.SGD(
-            stage.trainable(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=settings.epochs * stage.steps)
-        if saved is not None:
-            self._restore(saved)
-
-    def train(self) -> None:
-        """Train to the end of the stage.
-
-        Raises:
-            TrainingError: the loss is not finite; the last checkpoint stays.
-        """
-        stage, position = self.stage, self.position
-        epochs = stage.settings.epochs
-        offset = self.config.stage1.epochs if stage.number == 2 else 0  # TensorBoard counts through both stages
-        with (
-            SummaryWriter(str(self.run), purge_step=offset + position.epoch) as board,
-            _progress_bar() as progress,
-        ):
-            bar = progress.add_task(f"stage {stage.number}", total=epochs * stage.steps)
-            say = partial(progress.console.print, soft_wrap=True, highlight=False)
-            while position.epoch < epochs:
-                began = time.perf_counter()
-                self._train_epoch(lambda done: progress.update(bar, completed=done))
-                record = self._finish_epoch(time.perf_counter() - began, say)
-                for name, value in record.items():
-                    if name not in ("stage", "epoch"):
-                        board.add_scalar(f"stage{stage.number}/{name}", value, offset + int(record["epoch"]))
-
-    def _train_epoch(self, report_progress: Callable[[int], None]) -> None:
-        stage, position, every = self.stage, self.position, self.config.checkpoint_steps
-        stage.set_train_mode()
-        loader = view_loader(
-            stage.records,
-            stage.plan,
-            batch_size=stage.settings.batch_size,
-            epoch=position.epoch,
-            start=position.step,
-            workers=self.config.workers,
-        )
-        device = next(stage.model.parameters()).device
-        for batch in loader:
-            self._train_batch(ViewBatch(*(tensor.to(device) for tensor in batch)))
-            position.step += 1
-            report_progress(position.epoch * stage.steps + position.step)
-            if every and position.step % every == 0 and position.step < stage.steps:
-                self.save()
-
-    def _train_batch(self, batch: ViewBatch) -> None:
-        losses = self.stage.losses(batch)
-        loss = losses["loss"]
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"stage {self.stage.number}, epoch {self.position.epoch}, batch {self.position.step}",
-                got=f"a loss of {loss.item()}",
-                wanted="a finite loss",
-                remedy=f"lower --stage{self.stage.number}.lr or raise --temperature; the last checkpoint is kept",
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        self.scheduler.step()
-        for name, value in losses.items():
-            total = self.position.sums.get(name, 0.0)
-            self.position.sums[name] = total + value.item() * len(batch.labels)
-
-    def _finish_epoch(self, seconds: float, say: Callable[[str], None]) -> dict[str, float]:
-        stage, position = self.stage, self.position
-        means = {name: total / len(stage.records) for name, total in position.sums.items()}
-        figures, warnings = stage.epoch_report()
-        record = {"stage": stage.number, "epoch": position.epoch, "lr": self.scheduler.get_last_lr()[0]}
-        record |= means | figures | {"seconds": round(seconds, 3)}
-        append_history(self.run, record)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in (means | figures).items())
-        say(f"stage {stage.number} epoch {position.epoch + 1}/{stage.settings.epochs}  {shown}  {seconds:.0f} s")
-        for warning in warnings:
-            say(f"warning: {warning}")
-        position.epoch, position.step, position.sums = position.epoch + 1, 0, {}
-        self.save()
-        return record
-
-    def save(self) -> None:
-        """Write everything that an exact resume needs."""
-        position = self.position
-        state = {
-            "stage": position.stage,
-            "epoch": position.epoch,
-            "step": position.step,
-            "sums": dict(position.sums),
-            "model": self.stage.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        save_state(self.run / STATE_FILE, state | self.fingerprint)
-
-    def _restore(self, saved: dict[str, Any]) -> None:
-        self.stage.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
-        torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+    views: FeatureCache
+    validation: Tensor | None = None
 
 
-def _progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+def stage2_plan(config: RunConfig, input_size: tuple[int, int]) -> ViewPlan:
+    """The views that stage 2 draws: one of the input size for the classifier, a small crop for Eq. (5)."""
+    crop = config.stage2.scl_crop
+    return ViewPlan(config.seed, 2, input_size, (crop, crop), config.augment, config.cache.cached_views)

@@ -1,0 +1,195 @@
+"""Cached embeddings of the frozen encoder give the results that computed ones give, and are never of another run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import tiny_config, write_pictures
+
+from train.config import AugmentConfig, CacheConfig, ModelConfig, Stage1Config, Stage2Config
+from train.data import load_split
+from train.encoder import Encoder
+from train.errors import ConfigError
+from train.feature_cache import FeatureCache, cache_key
+from train.loading import Key, ViewPlan
+from train.loop import StageLoop
+from train.model import NTFDetector
+from train.run import main, train
+
+# Relative to the largest weight. A cached row was computed in a batch of its first epoch, and batches of another size
+# may end in other last bits; measured 0 with the same views, in batches of 5 and 2.
+SAME = 1e-6
+KEYS = [Key(0, 2), Key(0, 0)]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    data = write_pictures(tmp_path_factory.mktemp("pictures"), counts={"train": 6, "val": 10})
+    return tiny_config(
+        data,
+        model=ModelConfig("test_resnet", "none", classifier_input="both"),
+        stage1=Stage1Config(epochs=1, batch_size=4, lr=0.01, train_encoder=False),
+        stage2=Stage2Config(epochs=4, batch_size=5, lr=0.2),
+        cache=CacheConfig(cached_views=2),
+        checkpoint_steps=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def cached_config(config):
+    return dataclasses.replace(config, cache=CacheConfig(cached_views=2, cache_features=True))
+
+
+@pytest.fixture(scope="module")
+def plain(config, tmp_path_factory):
+    run = tmp_path_factory.mktemp("plain")
+    train(config, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def cached(cached_config, tmp_path_factory):
+    run = tmp_path_factory.mktemp("cached")
+    train(cached_config, run)
+    return run
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Pictures that detectors embed, one entry for each batch."""
+    seen, embed = [], NTFDetector.embed
+
+    def counting(detector, images):
+        seen.append(len(images))
+        return embed(detector, images)
+
+    monkeypatch.setattr(NTFDetector, "embed", counting)
+    return seen
+
+
+def history(run):
+    lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def difference(mine, theirs):
+    mine, theirs = load_file(mine / "stage2.safetensors"), load_file(theirs / "stage2.safetensors")
+    return max(
+        float((mine[name].double() - value.double()).abs().max() / value.double().abs().max().clamp_min(1e-6))
+        for name, value in theirs.items()
+    )
+
+
+def test_cached_run_gives_the_results_of_one_without(plain, cached):
+    print("weights differ by", difference(cached, plain))
+    assert difference(cached, plain) <= SAME
+    mine, theirs = history(cached), history(plain)
+    assert mine[:3] == theirs[:3]  # stage 1, and the epochs in which the views are new
+    for cached_epoch, epoch in zip(mine[3:], theirs[3:], strict=True):
+        assert cached_epoch == pytest.approx(epoch, rel=1e-5)
+
+
+def test_views_that_were_seen_are_not_computed_again(cached_config, tmp_path, encoded):
+    train(cached_config, tmp_path)
+    # Two draws of 12 pictures with two views each, in 3 batches; 20 validation pictures once; then `finish`: the
+    # 6 real pictures and the validation pictures again.
+    assert sum(encoded) == 2 * 12 * 2 + 20 + 6 + 20
+
+
+def test_views_are_drawn_anew_in_each_epoch_unless_told_otherwise(config):
+    def draws(views):
+        plan = ViewPlan(0, 2, (8, 8), (8, 8), AugmentConfig(), views)
+        return [plan.draw(epoch) for epoch in range(5)]
+
+    assert draws(0) == [0, 1, 2, 3, 4]
+    assert draws(2) == [0, 1, 0, 1, 0]
+
+
+def test_without_a_number_of_views_the_results_are_those_of_the_default(config, tmp_path, capsys):
+    for name, cache in (("plain", CacheConfig()), ("cached", CacheConfig(cache_features=True))):
+        (tmp_path / name).mkdir()
+        train(dataclasses.replace(config, cache=cache), tmp_path / name)
+    assert difference(tmp_path / "cached", tmp_path / "plain") == 0
+    assert history(tmp_path / "cached") == history(tmp_path / "plain")
+    assert "note: no view comes twice in this run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batches", [4, 8, 11])
+def test_cached_run_that_was_stopped_resumes_to_the_same_weights(cached_config, cached, tmp_path, monkeypatch, batches):
+    taken, train_batch = [], StageLoop._train_batch
+
+    def stopping(loop, batch):
+        if len(taken) == batches:
+            raise KeyboardInterrupt
+        taken.append(batch)
+        train_batch(loop, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageLoop, "_train_batch", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(cached_config, tmp_path)
+    assert main(["--resume", str(tmp_path)]) == 0
+    assert difference(tmp_path, cached) == 0
+    assert history(tmp_path) == history(cached)
+
+
+def test_runs_on_the_same_pictures_and_encoder_share_a_folder(cached_config, tmp_path, encoded):
+    shared = CacheConfig(cached_views=2, cache_features=True, cache_dir=str(tmp_path / "cache"))
+    base = dataclasses.replace(cached_config, cache=shared)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        encoded.clear()
+        train(base, tmp_path / name)
+    assert sum(encoded) == 20 + 6 + 20
+    assert difference(tmp_path / "second", tmp_path / "first") == 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    (tmp_path / "third").mkdir()
+    train(dataclasses.replace(base, augment=AugmentConfig(flip=False)), tmp_path / "third")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_key_names_everything_that_embeddings_depend_on(config):
+    records = load_split(config.data, "train").records
+    encoder, plan = Encoder("test_resnet"), ViewPlan(0, 2, (8, 8), (4, 4), AugmentConfig(), 2)
+    names = {cache_key("data", records, encoder, plan, ["fp32"]).name()}
+    names.add(cache_key("other", records, encoder, plan, ["fp32"]).name())
+    names.add(cache_key("data", records[::-1], encoder, plan, ["fp32"]).name())
+    names.add(cache_key("data", records, Encoder("test_resnet"), plan, ["fp32"]).name())
+    names.add(cache_key("data", records, encoder, dataclasses.replace(plan, seed=1), ["fp32"]).name())
+    names.add(cache_key("data", records, encoder, plan, ["bf16"]).name())
+    assert len(names) == 6
+    assert cache_key("data", records, encoder, plan, ["fp32"]).name() in names
+
+
+def test_rows_come_back_as_written_also_from_another_process(tmp_path):
+    first, second = torch.randn(2, 7), torch.randn(2, 7)
+    cache = FeatureCache(tmp_path / "c", draws=2, pictures=3, width=7)
+    assert not cache.holds(1, KEYS)
+    cache.write(1, KEYS, first, second)
+    for opened in (cache, FeatureCache(tmp_path / "c", draws=2, pictures=3, width=7)):
+        assert opened.holds(1, KEYS)
+        assert not opened.holds(0, KEYS)
+        assert not opened.holds(1, [*KEYS, Key(0, 1)])
+        assert all(torch.equal(a, b) for a, b in zip(opened.read(1, KEYS), (first, second), strict=True))
+    assert (tmp_path / "c").stat().st_size == cache.size_bytes == 2 * 3 * (4 + 2 * 7 * 4)
+
+
+def test_row_that_is_damaged_or_half_written_counts_as_missing(tmp_path):
+    options = {"draws": 1, "pictures": 3, "width": 7}
+    FeatureCache(tmp_path / "c", **options).write(0, KEYS, torch.randn(2, 7), torch.randn(2, 7))
+    content = bytearray((tmp_path / "c").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "c").write_bytes(content)
+    opened = FeatureCache(tmp_path / "c", **options)
+    assert not opened.holds(0, KEYS[:1])
+    assert opened.holds(0, KEYS[1:])
+
+
+def test_cache_that_does_not_fit_the_disk_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--cache-features: got .* GB free in .*, wanted .* GB: lower"):
+        FeatureCache(tmp_path / "c", draws=1 << 20, pictures=1 << 20, width=2048)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,150 @@
+"""The frozen encoder's embeddings of stage 2 on disk, so that an epoch that sees the same views need not compute them.
+
+A view is a function of (seed, stage, draw, picture), and a frozen encoder gives it one embedding: what is cached is
+what would be computed, to the bit in the batches it was computed in; the same row in a batch of another size may differ
+in its last bits. One file holds it all and is mapped into memory, so that the operating system decides how much of it
+stays there. Its name is a hash of everything the embeddings depend on: pictures, encoder, views and arithmetic.
+Each row carries a checksum; a row that was not written, or only in part, is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train.errors import ConfigError, TrainingError
+from train.loading import Key, ViewPlan
+from train.pictures import PictureRecord
+
+SUFFIX = ".features"
+_KEPT_FREE = 1 << 28  # bytes of disk left for checkpoints
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """Everything that a cached embedding depends on; two runs with the same may share a file."""
+
+    records: str
+    encoder: str
+    views: str
+    arithmetic: str
+
+    def name(self) -> str:
+        """File name."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:32] + SUFFIX
+
+
+def cache_key(
+    data_sha256: str, records: Sequence[PictureRecord], encoder: nn.Module, plan: ViewPlan, arithmetic: Any
+) -> CacheKey:
+    """The key of a run.
+
+    Args:
+        data_sha256: of the pictures.
+        records: in the order that view indices count.
+        encoder: frozen.
+        plan: of the views.
+        arithmetic: what else changes the embeddings' last bits, as JSON types.
+    """
+    root = os.path.commonpath([record.path.parent for record in records])
+    order = "\n".join(os.path.relpath(record.path, root) for record in records)
+    weights = hashlib.sha256()
+    for name, value in encoder.state_dict().items():
+        weights.update(f"{name} {tuple(value.shape)}".encode())
+        weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return CacheKey(
+        records=f"{data_sha256} {hashlib.sha256(order.encode()).hexdigest()}",
+        encoder=weights.hexdigest(),
+        views=json.dumps(asdict(plan), sort_keys=True),
+        arithmetic=json.dumps(arithmetic, sort_keys=True),
+    )
+
+
+class FeatureCache:
+    """Embeddings of both views of each picture, for a number of draws.
+
+    Args:
+        path: file to make, or to go on with.
+        draws: different views of a picture.
+        pictures: number of pictures.
+        width: of an embedding.
+
+    Raises:
+        ConfigError: the disk has no room for it.
+    """
+
+    def __init__(self, path: Path, *, draws: int, pictures: int, width: int) -> None:
+        self.path = path
+        self.shape = (draws, pictures, 2, width)
+        rows = draws * pictures
+        self.size_bytes = rows * 4 + rows * 2 * width * 4
+        if not path.is_file() or path.stat().st_size != self.size_bytes:
+            self._make()
+        self._sums = np.memmap(path, np.uint32, "r+", 0, (draws, pictures))
+        self._rows = np.memmap(path, np.float32, "r+", rows * 4, self.shape)
+        # What this process has seen to be whole: a checksum is computed once.
+        self._whole = np.zeros((draws, pictures), dtype=bool)
+
+    def holds(self, draw: int, keys: Sequence[Key]) -> bool:
+        """Whether all embeddings of these pictures are there, and whole."""
+        return all(self._is_whole(draw, key.index) for key in keys)
+
+    def read(self, draw: int, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        """Embeddings of the first and second views, each (B, width) float32."""
+        rows = torch.from_numpy(self._rows[draw, [key.index for key in keys]])
+        return rows[:, 0], rows[:, 1]
+
+    def write(self, draw: int, keys: Sequence[Key], first: Tensor, second: Tensor) -> None:
+        """Keep embeddings; arguments as `read` takes and returns them."""
+        rows = torch.stack((first, second), dim=1).float().cpu().numpy()
+        for key, row in zip(keys, rows, strict=True):
+            self._rows[draw, key.index] = row
+            self._sums[draw, key.index] = _checksum(row)
+            self._whole[draw, key.index] = True
+
+    def _is_whole(self, draw: int, index: int) -> bool:
+        if not self._whole[draw, index]:
+            kept = self._sums[draw, index]
+            self._whole[draw, index] = kept != 0 and kept == _checksum(self._rows[draw, index])
+        return bool(self._whole[draw, index])
+
+    def _make(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.path.parent).free
+        if self.size_bytes + _KEPT_FREE > free:
+            raise ConfigError(
+                "--cache-features",
+                got=f"{free / 1e9:.1f} GB free in {self.path.parent}",
+                wanted=f"{(self.size_bytes + _KEPT_FREE) / 1e9:.1f} GB",
+                remedy="lower --cached-views, name a larger disk with --cache-dir, or leave --cache-features out",
+            )
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                # All of it now: a write into a mapped file on a full disk would kill the process.
+                os.posix_fallocate(file.fileno(), 0, self.size_bytes)
+            temporary.replace(self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise TrainingError(
+                str(self.path),
+                got=error.strerror or str(error),
+                wanted=f"room for {self.size_bytes:,} bytes",
+                remedy="name another disk with --cache-dir, or leave --cache-features out",
+            ) from error
+
+
+def _checksum(row: Any) -> int:
+    """Checksum of a row, never 0, which marks a row that was not written."""
+    return zlib.crc32(np.ascontiguousarray(row)) or 1
