@@ -15,7 +15,7 @@ from cpp_ext.build import build, find_toolchain
 from cpp_ext.library import FOLDER
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-# Rows that fill no strip, one strip, several blocks on two threads; widths of one column and of no whole vector; no traces.
+# Rows that fill no strip, one strip, several blocks on two threads; widths of one column and of no whole vector.
 PROGRAM = """
 import itertools, sys
 from pathlib import Path
