@@ -44,55 +44,58 @@ def results(loss, z, labels, h, upstream=None, **options):
     return rows.detach(), *torch.autograd.grad(rows, (z, h), upstream)
 
 
-def errors(z, labels, h, upstream=None, **options):
-    """Largest errors of losses, gradient of z and gradient of h, each relative to the largest entry of its row."""
-    found = results(fused_soft_contrastive_loss, z, labels, h, upstream, **options)
+def errors(loss, z, labels, h, upstream=None, **options):
+    """Largest errors of losses and both gradients: of the largest loss, and of each row's largest entry."""
+    found = results(loss, z, labels, h, upstream, **options)
     expected = results(reference.soft_contrastive_loss, z.double(), labels, h.double(), upstream, **options)
-    sizes = [right.abs().reshape(len(right), -1).amax(1) for right in expected]
-    differences = [
-        (mine.double() - right).abs().reshape(len(right), -1).amax(1)
-        for mine, right in zip(found, expected, strict=True)
-    ]
-    # A row far below the largest one is judged by a millionth of that.
-    return [
-        float((difference / size.clamp_min(1e-6 * float(size.max()))).max())
-        for difference, size in zip(differences, sizes, strict=True)
-    ]
+    largest = []
+    for mine, right in zip(found, expected, strict=True):
+        size = right.abs() if right.ndim == 2 else right.abs().max()
+        size = size.amax(1, keepdim=True) if right.ndim == 2 else size
+        # A row far below the largest one is judged by a millionth of that.
+        size = torch.maximum(size, 1e-6 * right.abs().max())
+        largest.append(float(((mine.double() - right).abs() / size).max()))
+    return largest
 
 
-# Measured, relative to each row's own largest entry: float32 2e-5 in the gradients at 1e-4, float64 1e-10 at 1e-10.
-# Between 0.02 and 0.005 lies where exponents begin to need shifts.
+def assert_as_good_as_pytorch(z, labels, h, **options):
+    """The fused loss in float32 is as near to float64 as the reference in float32."""
+    fused = errors(fused_soft_contrastive_loss, z, labels, h, **options)
+    plain = errors(reference.soft_contrastive_loss, z, labels, h, **options)
+    for mine, theirs in zip(fused, plain, strict=True):
+        assert mine <= 4 * theirs + 2e-6, (fused, plain)
+
+
+# Both have lost up to 1e-4 of a row's largest entry at 1e-4. Between 0.02 and 0.005 exponents begin to need shifts.
 @pytest.mark.parametrize("temperature", [100.0, 0.02, 0.018, 0.012, 0.008, 0.005, 1e-4, 1e-6, 1e-8, 1e-10])
 @pytest.mark.parametrize("denominator", DENOMINATORS)
-def test_float32_keeps_its_digits_at_every_temperature(temperature, denominator):
+def test_float32_loses_no_more_digits_than_pytorch_at_any_temperature(temperature, denominator):
     z, labels, h = batch(100, 64, 50)
-    loss, grad_z, grad_h = errors(z, labels, h, temperature=temperature, denominator=denominator)
-    assert loss <= 1e-4 if temperature == 100.0 else loss <= 2e-6
-    assert max(grad_z, grad_h) <= 2e-4
+    assert_as_good_as_pytorch(z, labels, h, temperature=temperature, denominator=denominator)
 
 
+# Measured: 5e-15.
 @pytest.mark.parametrize("temperature", [1e-6, 1e-10, 1e-14, 1e-20])
 def test_float64_keeps_its_digits_at_every_temperature(temperature):
     z, labels, h = batch(100, 64, 50, torch.float64)
-    assert max(errors(z, labels, h, temperature=temperature)) <= 1e-9
+    assert max(errors(fused_soft_contrastive_loss, z, labels, h, temperature=temperature)) <= 5e-14
 
 
+# Measured: 1.3e-14, and 1.4e-8 in those rows of the literal form that are millions of times below the largest.
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("temperature", [0.018, 0.008, 0.005])
 def test_duplicated_row_keeps_its_digits_where_exponents_are_large(form, temperature):
     z, labels, h = batch(60, 32, 30, torch.float64)
     z[7] = z[3]
-    assert max(errors(z, labels, h, temperature=temperature, form=form)) <= 1e-11
+    tolerance = 1e-7 if form == "literal" else 2e-13
+    assert max(errors(fused_soft_contrastive_loss, z, labels, h, temperature=temperature, form=form)) <= tolerance
 
 
-# Measured: 2e-6 in the losses, 3e-5 in the gradients; float32 arithmetic in PyTorch gives the same.
 @pytest.mark.parametrize("scale", [1.0, 1e2, 1e3, 1e4, 1e5])
-def test_one_row_much_longer_than_the_others_costs_no_digits(scale):
+def test_one_row_much_longer_than_the_others_costs_no_more_digits_than_in_pytorch(scale):
     z, labels, h = batch(64, 32, 20)
     z[5] *= scale
-    loss, grad_z, grad_h = errors(z, labels, h, temperature=0.07)
-    assert loss <= 1e-5
-    assert max(grad_z, grad_h) <= 2e-4
+    assert_as_good_as_pytorch(z, labels, h, temperature=0.07)
 
 
 @pytest.mark.parametrize("upstream", [1e-20, 1e20])

@@ -58,13 +58,13 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// What a backward pass reads: contiguous, of the accumulation type, (N,) or with `columns` (N, columns).
+// What a backward pass reads: contiguous, of the accumulation type, with a number for each of `size` places.
 class Contiguous {
  public:
-  Contiguous(const Tensor& tensor, ScalarType type, const char* name, int64_t rows, int64_t columns = 0)
+  Contiguous(const Tensor& tensor, ScalarType type, const char* name, int64_t size)
       : tensor_(torch::stable::contiguous(tensor)) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type && tensor.numel() == rows * (columns ? columns : 1),
-                    name, " must have the accumulation type and a place for each row: pass what the forward gave");
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type && tensor.numel() == size, name,
+                    " must have the accumulation type and a place for each row: pass what the forward gave");
   }
   template <typename T>
   const T* data() const {
@@ -108,7 +108,7 @@ Tensor backward(const Tensor& grad_loss, const Tensor& embeddings, const Tensor&
                   "pull must have a row for each embedding: run the forward with save=True");
   const Contiguous upstream(grad_loss, type, "grad_loss", n), losses(loss, type, "loss", n),
       keys(log_keys, type, "log_keys", n), positives(log_positives, type, "log_positives", n),
-      pulled(pull, type, "pull", pull.size(0), embeddings.size(1));
+      pulled(pull, type, "pull", pull.size(0) * embeddings.size(1));
   Tensor grad = torch::stable::new_empty(embeddings, {embeddings.size(0), embeddings.size(1)}, type);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
