@@ -52,7 +52,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def time_cases(device: str, largest: int) -> list[tuple[str, int, str]]:
-    """(contest, N, precision) of every row of times."""
+    """(contest, N, precision) of every row of times.
+
+    Raises:
+        LossBenchmarkError: `largest` leaves nothing to time.
+    """
+    if largest < min(ROUNDS):
+        raise LossBenchmarkError(
+            "--max-rows",
+            got=str(largest),
+            wanted=f"{min(ROUNDS)} or more, the rows of the smallest batch",
+            remedy="pass more, or leave it out for all batches",
+        )
     return [
         (contest.name, n, precision)
         for precision in precisions_of(device)

@@ -5,7 +5,8 @@ same major version; otherwise the build says in a sentence why there is none. Th
 library that was built with one torch loads in every later one.
 
 Environment: CXX, CUDACXX or NVCC, CUDA_HOME, and NTF_CUDA_ARCHS (compute capabilities, "75 80 90").
-Exit status: 0 built or up to date, 1 failed, 2 no C++ compiler (nothing is wrong with the sources).
+Exit status: 0 built or up to date, 1 failed, 2 no C++ compiler (nothing is wrong with the sources). With --check: 0 the
+library loads, 1 it does not.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from cpp_ext.library import (
     BuildRecord,
     file_sha256,
     library_problem,
+    loadable_record,
     read_record,
+    reading_lock,
     source_hashes,
 )
 
@@ -123,19 +126,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--verbose", action="store_true", help="print every command, what the compilers say, and the kernels' registers"
     )
-    parser.add_argument("--check", action="store_true", help="build nothing; exit 0 if the library may be loaded")
+    parser.add_argument("--check", action="store_true", help="build nothing; exit 0 if the library loads")
     options = parser.parse_args(arguments)
-    if options.check:
-        problem, record = library_problem(), read_record()
-        print(f"{BUILD_COMMAND}: {problem}" if problem or record is None else f"up to date: {record.describe()}")
-        return 1 if problem else 0
     try:
+        if options.check:
+            print(f"{FOLDER / LIBRARY_FILE} loads: {check().describe()}")
+            return 0
         toolchain = find_toolchain(cpu_only=options.cpu_only, cuda_archs=options.cuda_archs)
         build(toolchain, verbose=options.verbose)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, NoCompilerError) else 1
     return 0
+
+
+def check(folder: Path = FOLDER) -> BuildRecord:
+    """Record of the library in `folder`, which this process can load and has loaded.
+
+    Raises:
+        BuildError: there is no torch, or the library cannot be loaded beside it.
+    """
+    torch = _find_torch()
+    with reading_lock(folder):
+        record = loadable_record(folder, torch_version=torch.version, torch_cuda=torch.cuda)
+    from cpp_ext.ops import load_library  # imports torch, without which the rest of this module runs
+
+    load_library(folder)
+    return record
 
 
 def build(toolchain: Toolchain, folder: Path = FOLDER, *, verbose: bool = False) -> BuildRecord:
@@ -165,6 +182,7 @@ def build(toolchain: Toolchain, folder: Path = FOLDER, *, verbose: bool = False)
                 library_sha256=file_sha256(library),
                 torch=toolchain.torch.version,
                 torch_cuda=toolchain.torch.cuda,
+                cxx=toolchain.cxx,
                 compilers=toolchain.compilers(),
                 instruction_sets=tuple(toolchain.instruction_sets),
                 cuda_targets=toolchain.cuda.targets if toolchain.cuda else (),
@@ -187,21 +205,20 @@ def find_toolchain(*, cpu_only: bool = False, cuda_archs: str | None = None) -> 
 
     Args:
         cpu_only: leave the CUDA part out.
-        cuda_archs: compute capabilities, "75 80 90"; None takes NTF_CUDA_ARCHS, then the default.
+        cuda_archs: compute capabilities, "75 80 90"; None or "" takes NTF_CUDA_ARCHS, then the default.
 
     Raises:
-        NoCompilerError: no C++ compiler.
-        BuildError: torch is missing or too old, the operating system is not Linux, or a target makes no sense.
+        NoCompilerError: no C++ compiler, or the operating system is not Linux.
+        BuildError: torch is missing or too old, or CXX, CUDACXX, NVCC, CUDA_HOME or a target makes no sense.
     """
     if sys.platform != "linux":
         raise NoCompilerError(
             "the fused loss", got=f"the system {sys.platform}", wanted="Linux", remedy="train with the reference loss"
         )
-    chosen = cuda_archs if cuda_archs is not None else os.environ.get("NTF_CUDA_ARCHS")
-    targets = parse_targets(DEFAULT_CUDA_ARCHS if chosen is None else chosen)
+    targets, source = ((), "") if cpu_only else _wanted_targets(cuda_archs)
     cxx = find_cxx()
     torch = _find_torch()
-    cuda, reason = (None, "--cpu-only") if cpu_only else _find_cuda(torch, targets, by_name=chosen is not None)
+    cuda, reason = (None, "--cpu-only") if cpu_only else _find_cuda(torch, targets, source)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return Toolchain(
         cxx=cxx,
@@ -213,8 +230,20 @@ def find_toolchain(*, cpu_only: bool = False, cuda_archs: str | None = None) -> 
     )
 
 
-def parse_targets(text: str) -> tuple[str, ...]:
+def _wanted_targets(option: str | None) -> tuple[tuple[str, ...], str]:
+    """The targets to compile for, and the option or variable that names them, "" for the default."""
+    for source, text in (("--cuda-archs", option), ("NTF_CUDA_ARCHS", os.environ.get("NTF_CUDA_ARCHS"))):
+        if text and text.strip():
+            return parse_targets(text, source), source
+    return parse_targets(DEFAULT_CUDA_ARCHS, "DEFAULT_CUDA_ARCHS"), ""
+
+
+def parse_targets(text: str, source: str) -> tuple[str, ...]:
     """Compute capabilities in ascending order from "75 80 90" or "75;80,90".
+
+    Args:
+        text: at least one of them.
+        source: the option or variable that holds the text, for the error.
 
     Raises:
         BuildError: something that is not two or three digits.
@@ -223,10 +252,10 @@ def parse_targets(text: str) -> tuple[str, ...]:
     for word in words:
         if not re.fullmatch(r"\d{2,3}", word):
             raise BuildError(
-                "NTF_CUDA_ARCHS",
+                source,
                 got=repr(word),
                 wanted=f'compute capabilities without a dot, for example "{DEFAULT_CUDA_ARCHS}"',
-                remedy="correct it, or unset it for the default",
+                remedy="correct it, or leave it out for the default",
             )
     return tuple(sorted(set(words), key=int))
 
@@ -235,18 +264,40 @@ def find_cxx() -> tuple[str, ...]:
     """The C++ compiler as the beginning of a command: CXX, or the first of c++, g++ and clang++.
 
     Raises:
-        NoCompilerError: there is none.
+        NoCompilerError: there is none, and none is named.
+        BuildError: CXX is no command, or names a compiler that is not there.
     """
-    named = shlex.split(os.environ.get("CXX", ""))
-    for candidate in [named] if named else [["c++"], ["g++"], ["clang++"]]:
-        if shutil.which(candidate[0]):
-            return tuple(candidate)
+    if named := _words_of_cxx():
+        if shutil.which(named[0]):
+            return named
+        raise BuildError(
+            "CXX",
+            got=f"{named[0]}, which is not on the path",
+            wanted="a compiler for C++20",
+            remedy="correct it, or unset it for the first of c++, g++ and clang++",
+        )
+    for candidate in ("c++", "g++", "clang++"):
+        if shutil.which(candidate):
+            return (candidate,)
     raise NoCompilerError(
-        "CXX" if named else "the C++ compiler",
-        got=f"{named[0]}, which is not on the path" if named else "none of c++, g++ and clang++",
+        "the C++ compiler",
+        got="none of c++, g++ and clang++",
         wanted="a compiler for C++20",
         remedy="install g++ (Debian: apt install g++) or set CXX; until then training takes the reference loss",
     )
+
+
+def _words_of_cxx() -> tuple[str, ...]:
+    text = os.environ.get("CXX", "")
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise BuildError(
+            "CXX",
+            got=f"{text}, which cannot be split into words ({error})",
+            wanted="a command as a shell reads it",
+            remedy="close the quotation, or unset it for the first of c++, g++ and clang++",
+        ) from error
 
 
 def _find_torch() -> Torch:
@@ -267,8 +318,8 @@ def _find_torch() -> Torch:
     return Torch(version, torch.version.cuda, Path(torch.__file__).resolve().parent)
 
 
-def _find_cuda(torch: Torch, targets: tuple[str, ...], *, by_name: bool) -> tuple[CudaToolkit | None, str]:
-    """The CUDA toolkit that fits torch, or None and why there is none."""
+def _find_cuda(torch: Torch, targets: tuple[str, ...], source: str) -> tuple[CudaToolkit | None, str]:
+    """The CUDA toolkit that fits torch, or None and why there is none; `source` as in `_wanted_targets`."""
     if torch.cuda is None:
         return None, f"torch {torch.version} is a CPU build"
     nvcc = find_nvcc()
@@ -291,14 +342,14 @@ def _find_cuda(torch: Torch, targets: tuple[str, ...], *, by_name: bool) -> tupl
     runtime = next((path for path in runtimes if path.is_file()), None)
     if include is None or runtime is None:
         return None, f"{'cuda_runtime_api.h' if include is None else name} is neither beside nvcc nor in torch's wheels"
-    return CudaToolkit(nvcc, version, include, runtime, _known_targets(nvcc, targets, by_name=by_name)), ""
+    return CudaToolkit(nvcc, version, include, runtime, _known_targets(nvcc, targets, source)), ""
 
 
 def find_nvcc() -> str | None:
     """Path of nvcc: CUDACXX, NVCC, CUDA_HOME, PATH, /usr/local/cuda; None where there is none.
 
     Raises:
-        BuildError: CUDACXX or NVCC names something that is not there.
+        BuildError: CUDACXX or NVCC names something that is not there, or CUDA_HOME a folder without nvcc.
     """
     for variable in ("CUDACXX", "NVCC"):
         if named := os.environ.get(variable):
@@ -307,22 +358,30 @@ def find_nvcc() -> str | None:
             raise BuildError(
                 variable, got=f"{named}, which is not there", wanted="the path of nvcc", remedy="correct or unset it"
             )
-    home = os.environ.get("CUDA_HOME")
-    return (
-        (home and shutil.which(f"{home}/bin/nvcc")) or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    )
+    if home := os.environ.get("CUDA_HOME"):
+        if found := shutil.which(f"{home}/bin/nvcc"):
+            return found
+        raise BuildError(
+            "CUDA_HOME",
+            got=f"{home}, in which there is no bin/nvcc",
+            wanted="the folder of a CUDA toolkit",
+            remedy="correct or unset it, or build with --cpu-only",
+        )
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def _known_targets(nvcc: str, targets: tuple[str, ...], *, by_name: bool) -> tuple[str, ...]:
+def _known_targets(nvcc: str, targets: tuple[str, ...], source: str) -> tuple[str, ...]:
     """The targets that this nvcc compiles for; those named by a person must all be among them."""
     known = re.findall(r"compute_(\d+)", _output([nvcc, "--list-gpu-arch"]))
     unknown = [target for target in targets if target not in known]
-    if unknown and (by_name or len(unknown) == len(targets)):
+    if unknown and (source or len(unknown) == len(targets)):
         raise BuildError(
-            "NTF_CUDA_ARCHS",
+            source or "the default CUDA targets",
             got=f"{unknown[0]}, which {nvcc} does not know",
             wanted=f"some of {' '.join(sorted(set(known), key=int))}",
-            remedy="leave it out, or install a CUDA toolkit that knows it",
+            remedy="leave it out, or install a CUDA toolkit that knows it"
+            if source
+            else "name some with NTF_CUDA_ARCHS, or install a CUDA toolkit that knows them",
         )
     return tuple(target for target in targets if target in known)
 
@@ -331,6 +390,7 @@ def _is_current(record: BuildRecord, toolchain: Toolchain, folder: Path) -> bool
     """Whether the library may be loaded and would come out the same again."""
     return (
         library_problem(folder) is None
+        and record.cxx == toolchain.cxx
         and record.compilers == toolchain.compilers()
         and record.torch_cuda == toolchain.torch.cuda
         and record.instruction_sets == tuple(toolchain.instruction_sets)
@@ -413,7 +473,10 @@ def _run(step: Step, verbose: bool) -> str:
             step.source,
             got=f"exit status {done.returncode} from {step.command[0]}, whose message stands above",
             wanted="a compiled file",
-            remedy="correct what the message names; --verbose prints the command, --cpu-only leaves CUDA out, and CXX "
+            remedy="name the C++ driver in CXX, g++ or clang++ and not gcc or clang, which leave the C++ library out, "
+            "or correct what the message names; --verbose prints the command"
+            if step.source == LIBRARY_FILE
+            else "correct what the message names; --verbose prints the command, --cpu-only leaves CUDA out, and CXX "
             "or CUDACXX choose another compiler",
         )
     if verbose and said.strip():

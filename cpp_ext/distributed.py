@@ -78,7 +78,9 @@ def gathered_soft_contrastive_loss(
 
     Note:
         Collective: every rank of the group calls it, and calls backward or not, as one. Each rank computes the whole
-        loss, so time grows with the square of the joint batch. It waits for a GPU once, for the ranks' row counts.
+        loss, so time grows with the square of the joint batch. Before the loss it waits for a GPU to read two things
+        back: whether the labels are 0 and 1, and, over NCCL, what the ranks tell each other. Collectives of GPU tensors
+        over gloo wait too.
     """
     options: dict[str, Any] = {
         "temperature": temperature,

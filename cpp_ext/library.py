@@ -11,6 +11,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +23,10 @@ FOLDER = Path(__file__).resolve().parent
 LIBRARY_FILE = "soft_contrastive.so"
 RECORD_FILE = "soft_contrastive.json"
 BUILD_COMMAND = "python -m cpp_ext.build"
+# What a library is made of; an editor's swap file beside them is not. `runtime/fused_loss.py` goes by the same.
+SOURCE_SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
+
+_log = logging.getLogger(__name__)
 
 
 class BuildError(RuntimeError):
@@ -55,6 +64,7 @@ class BuildRecord:
         library_sha256: of the library.
         torch: version whose headers were used.
         torch_cuda: CUDA version of that torch, None for a CPU build.
+        cxx: the words with which the C++ compiler's command begins, as CXX gives them.
         compilers: version of each compiler that ran, by name.
         instruction_sets: of the CPU part; the processor's best is chosen when it runs.
         cuda_targets: compute capabilities of the CUDA part, "90" for sm_90; empty without it.
@@ -65,6 +75,7 @@ class BuildRecord:
     library_sha256: str
     torch: str
     torch_cuda: str | None
+    cxx: tuple[str, ...]
     compilers: dict[str, str]
     instruction_sets: tuple[str, ...]
     cuda_targets: tuple[str, ...]
@@ -84,19 +95,47 @@ def read_record(folder: Path = FOLDER) -> BuildRecord | None:
     """Record beside the library in `folder`; None where there is none, or none that this version understands."""
     try:
         values = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        values["instruction_sets"] = tuple(values["instruction_sets"])
-        values["cuda_targets"] = tuple(values["cuda_targets"])
+        for name in ("cxx", "instruction_sets", "cuda_targets"):
+            values[name] = tuple(values[name])
+        values["sources_sha256"] = dict(values["sources_sha256"])
         return BuildRecord(**values)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
+def loadable_record(folder: Path = FOLDER, *, torch_version: str, torch_cuda: str | None) -> BuildRecord:
+    """Record of the library in `folder`, which a torch may load; loading and `--check` both ask here.
+
+    Args:
+        folder: the package's, with csrc in it.
+        torch_version: of that torch, for the error.
+        torch_cuda: CUDA version of that torch, None for a CPU build.
+
+    Raises:
+        BuildError: missing, stale, damaged, or with a CUDA part for another major version.
+    """
+    problem, record = library_problem(folder), read_record(folder)
+    if problem is not None or record is None:
+        raise refused_library(problem or "no library, it has not been built")
+    theirs, mine = (version and version.partition(".")[0] for version in (record.torch_cuda, torch_cuda))
+    if record.cuda_targets and theirs != mine:
+        raise refused_library(f"a library for CUDA {theirs} beside torch {torch_version}")
+    return record
+
+
+def refused_library(got: str) -> BuildError:
+    """The error about a library that is not loaded for the reason `got`."""
+    return BuildError("the fused loss", got=got, wanted="a current library", remedy=f"run {BUILD_COMMAND}")
+
+
 def library_problem(folder: Path = FOLDER) -> str | None:
-    """What is wrong with the library in `folder`, as a phrase, or None where it may be loaded."""
+    """What is wrong with the files in `folder`, whichever torch may load them, as a phrase, or None."""
     record = read_record(folder)
     library = folder / LIBRARY_FILE
-    if record is None or not library.is_file():
+    if not (library.is_file() and (folder / RECORD_FILE).is_file()):
         return "no library, it has not been built"
+    if record is None:
+        return "a stale library, its record is of another version"
     now = source_hashes(folder)
     changed = sorted(
         name for name in {*now, *record.sources_sha256} if now.get(name) != record.sources_sha256.get(name)
@@ -110,10 +149,44 @@ def library_problem(folder: Path = FOLDER) -> str | None:
 
 def source_hashes(folder: Path = FOLDER) -> dict[str, str]:
     """SHA-256 of everything that the library is made of, by path below `folder`."""
-    files = [*sorted(path for path in (folder / "csrc").glob("*") if path.is_file()), folder / "build.py"]
+    sources = (path for path in (folder / "csrc").glob("*") if path.suffix in SOURCE_SUFFIXES)
+    files = [*sorted(sources), folder / "build.py"]
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files if path.is_file()}
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def reading_lock(folder: Path = FOLDER) -> Iterator[None]:
+    """Holds off builds in `folder` while library and record are read, and waits for one that is at work."""
+    handle = _folder_handle(folder / "csrc")
+    if handle is None or sys.platform == "win32":
+        yield  # nothing was built here
+        return
+    import fcntl  # not on Windows
+
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning("a build is at work in %s: waiting for its end", folder)
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        except OSError:
+            # A file system without locks: a build in this moment is then seen as a damaged library at worst.
+            _log.debug("no lock on %s", folder, exc_info=True)
+        yield
+    finally:
+        # Closing is not enough where the process was forked meanwhile: the child has the handle too.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _folder_handle(folder: Path) -> int | None:
+    try:
+        return os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None

@@ -9,15 +9,25 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from cpp_ext import reference
-from cpp_ext.library import BUILD_COMMAND, FOLDER, LIBRARY_FILE, BuildError, BuildRecord, library_problem, read_record
+from cpp_ext.library import (
+    BUILD_COMMAND,
+    FOLDER,
+    LIBRARY_FILE,
+    BuildError,
+    BuildRecord,
+    loadable_record,
+    reading_lock,
+    refused_library,
+)
 from cpp_ext.reference import Denominator, Form, Reduction
 
 Backend = Literal["auto", "fused", "reference"]
@@ -35,6 +45,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 _loading = threading.Lock()
 _loaded: BuildRecord | None = None
+_choosing = threading.Lock()
+_warned = False
 
 
 def _constant_when_compiled(function: _F) -> _F:
@@ -61,7 +73,8 @@ def soft_contrastive_loss(
 
     Args:
         backend: "fused" (memory linear in N), "reference" (plain PyTorch), or "auto": fused where it is built for the
-            embeddings' device, else the reference, with one logged warning a process.
+            embeddings' device, else the reference, with one logged warning a process. The first answer for a type of
+            device is kept.
 
     Raises:
         ValueError: shapes, types or values that do not make sense.
@@ -104,25 +117,29 @@ def fused_soft_contrastive_loss(
     Raises:
         ValueError: shapes, types or values that do not make sense.
         BuildError: the library is missing, stale, or without kernels for the embeddings' device.
+        RuntimeError: a derivative in forward mode was asked for.
 
     Note:
         Same inputs and number of threads give the same bits. Safe to call from several threads. On CUDA the labels are
         not read back, so that the call does not wait: a row labelled neither 0 nor 1 has the loss NaN, and every
-        gradient is NaN. There is no second derivative, and torch.func's transforms (grad, vmap) are refused; the
-        reference has both derivatives. Under autocast nothing is computed in lower precision.
+        gradient is NaN. There is one derivative, the first in reverse mode: second derivatives, forward mode (jvp,
+        jacfwd, make_dual) and torch.func's transforms are refused; the reference has second derivatives and both modes.
+        Under autocast nothing is computed in lower precision.
     """
     load_library()
     reference.check_soft_contrastive_inputs(embeddings, labels, traces, temperature, eta, form, denominator, reduction)
     device = embeddings.device.type
     if device not in _fused_devices():
         _refuse_device(device)
+    traces = traces if trace_gradient else traces.detach()
+    _refuse_forward_mode(embeddings, traces)
     # Without a gradient to come, the forward pass need not keep what the backward pass would use.
     save = embeddings.requires_grad and torch.is_grad_enabled()
     # The CPU kernel refuses labels other than 0 and 1 itself, with the reference's sentence: it sees them anyway.
     per_row = torch.ops.ntf.soft_contrastive_forward.default(
         embeddings,
         labels,
-        traces if trace_gradient else traces.detach(),
+        traces,
         temperature,
         eta,
         FORMS[form],
@@ -146,17 +163,27 @@ def resolve_backend(backend: str, device: str) -> Implementation:
         BuildError: "fused" cannot run on this device.
 
     Note:
-        "auto" that ends at the reference logs one warning a process, with the reason and the remedy.
+        The first answer to "auto" for a device is kept for the process, so that a build meanwhile changes no running
+        computation. The first that is the reference logs the one warning, with the reason and the remedy.
     """
     if backend == "reference":
         return "reference"
     if backend not in ("auto", "fused"):
         raise ValueError(f"backend must be one of auto, fused, reference, got {backend!r}: choose one of them")
+    if backend == "auto":
+        with _choosing:
+            return _automatic(device)
+    problem = fused_problem(device)
+    if problem is not None:
+        raise problem
+    return "fused"
+
+
+@cache
+def _automatic(device: str) -> Implementation:
     problem = fused_problem(device)
     if problem is None:
         return "fused"
-    if backend == "fused":
-        raise problem
     _warn_once(f"soft contrastive loss: the reference runs, memory grows with N x N; {problem}")
     return "reference"
 
@@ -187,11 +214,12 @@ def load_library(folder: Path = FOLDER) -> None:
         return
     with _loading:
         if _loaded is None:
-            record = _checked_record(folder)
-            try:
-                torch.ops.load_library(str(folder / LIBRARY_FILE))  # type: ignore[no-untyped-call]
-            except OSError as error:
-                _refuse_library(f"a library that does not load ({error.__cause__ or error})")
+            with reading_lock(folder):
+                record = loadable_record(folder, torch_version=torch.__version__, torch_cuda=torch.version.cuda)
+                try:
+                    torch.ops.load_library(str(folder / LIBRARY_FILE))  # type: ignore[no-untyped-call]
+                except OSError as error:
+                    raise refused_library(f"a library that does not load ({error.__cause__ or error})") from error
             _register()
             _loaded = record
 
@@ -199,20 +227,6 @@ def load_library(folder: Path = FOLDER) -> None:
 def loaded_record() -> BuildRecord | None:
     """What the loaded library was built for; None before it is loaded."""
     return _loaded
-
-
-def _checked_record(folder: Path) -> BuildRecord:
-    problem, record = library_problem(folder), read_record(folder)
-    if problem is not None or record is None:
-        _refuse_library(problem or "no library, it has not been built")
-    mine, theirs = (version and version.partition(".")[0] for version in (torch.version.cuda, record.torch_cuda))
-    if record.cuda_targets and mine != theirs:
-        _refuse_library(f"a library for CUDA {theirs} beside torch {torch.__version__}")
-    return record
-
-
-def _refuse_library(got: str) -> NoReturn:
-    raise BuildError("the fused loss", got=got, wanted="a current library", remedy=f"run {BUILD_COMMAND}")
 
 
 def _fused_devices() -> tuple[str, ...]:
@@ -232,9 +246,32 @@ def _refuse_device(device: str) -> NoReturn:
     )
 
 
-@lru_cache(maxsize=8)
 def _warn_once(text: str) -> None:
-    _log.warning(text)
+    global _warned
+    if not _warned:
+        _warned = True
+        _log.warning(text)
+
+
+def forget_choices() -> None:
+    """Let "auto" choose, and warn, as in a new process: for tests, and after a build in this one."""
+    global _warned
+    with _choosing:
+        _automatic.cache_clear()
+        _warned = False
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """Refuse tensors with a tangent: the operators' results would have none, which reads as a derivative of 0."""
+    for tensor in tensors:
+        primal, tangent = unpack_dual(tensor)  # type: ignore[no-untyped-call]
+        # Outside forward mode, primal is the tensor itself. Within nested transforms, those of torch.func wrap tensors
+        # and hide the outer one's tangent from the inner one.
+        if tangent is not None or (primal is not tensor and torch.func.debug_unwrap(tensor) is not tensor):
+            raise RuntimeError(
+                "the fused soft contrastive loss has a derivative in reverse mode only, got a tensor with a tangent "
+                '(jvp, jacfwd, make_dual): take backend="reference" for forward mode'
+            )
 
 
 @_constant_when_compiled
@@ -293,6 +330,7 @@ def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _gradient(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     grad_embeddings = grad_traces = None
     if grad_loss is not None:
+        _refuse_forward_mode(grad_loss)
         embeddings, labels, traces, loss, log_keys, log_positives, log_traces, pull = ctx.saved_tensors
         batch = (grad_loss, embeddings, labels, traces, loss)
         operators = torch.ops.ntf

@@ -11,6 +11,19 @@ from typing import Any, Literal
 
 _PACKAGE = "cpp_ext"
 _BUILD = "python -m cpp_ext.build"
+# As in cpp_ext/library.py, which this must not import.
+_SOURCE_SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
+_RECORD_FIELDS = {
+    "sources_sha256",
+    "library_sha256",
+    "torch",
+    "torch_cuda",
+    "cxx",
+    "compilers",
+    "instruction_sets",
+    "cuda_targets",
+    "cpu_only_reason",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,8 @@ def probe_fused_loss() -> FusedLoss:
     record = _record(folder / "soft_contrastive.json")
     if record is None or not library.is_file():
         return FusedLoss("missing", detail=f"training takes the reference loss; run {_BUILD}")
+    if set(record) != _RECORD_FIELDS:
+        return FusedLoss("stale", detail=f"its record is of another version; run {_BUILD}")
     try:
         built_for: dict[str, Any] = {
             "instruction_sets": tuple(record["instruction_sets"]),
@@ -64,16 +79,20 @@ def probe_fused_loss() -> FusedLoss:
 
 
 def _record(path: Path) -> dict[str, Any] | None:
+    """What the file holds, nothing where that makes no sense, or None where there is no file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except OSError:
         return None
-    return values if isinstance(values, dict) else None
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _changed_source(folder: Path, recorded: dict[str, str]) -> str | None:
     """The first file that is new, gone or not what it was."""
-    names = {*recorded, *(f"csrc/{path.name}" for path in (folder / "csrc").glob("*") if path.is_file())}
+    sources = (path for path in (folder / "csrc").glob("*") if path.suffix in _SOURCE_SUFFIXES and path.is_file())
+    names = {*recorded, *(f"csrc/{path.name}" for path in sources)}
     for name in sorted(names):
         path = folder / name
         if not path.is_file() or _sha256(path) != recorded.get(name):

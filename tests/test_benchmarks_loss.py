@@ -454,6 +454,14 @@ def test_missed_check_fails_the_benchmark_of_its_row():
         bench_loss._refuse_unmet("cpu", time_row(8192, times_faster=3.0), [])
 
 
+def test_limit_below_the_smallest_batch_is_refused_in_a_sentence(stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(bench_loss, "subprocess", None)  # would fail if it were asked
+    for rows in ("63", "10", "-1"):
+        assert bench_loss.main(["--max-rows", rows]) == 2
+        assert f"--max-rows: got {rows}, wanted 64 or more, the rows of the smallest batch" in capsys.readouterr().err
+    assert bench_loss.time_cases("cpu", 64) == [("with traces", 64, "float32")]
+
+
 def test_every_timed_size_has_its_number_of_rounds(stand_in):
     sizes = {n for _, n, _ in bench_loss.time_cases("cpu", bench_loss.LARGEST_FORWARD)}
     assert sizes == set(bench_loss.ROUNDS)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,10 +15,22 @@ from pathlib import Path
 import pytest
 
 from cpp_ext import build as builder
+from cpp_ext import ops
 from cpp_ext.build import DEFAULT_CUDA_ARCHS, NoCompilerError, Toolchain, build, compile_steps, find_toolchain, main
-from cpp_ext.library import LIBRARY_FILE, RECORD_FILE, BuildError, library_problem, read_record, source_hashes
+from cpp_ext.library import (
+    FOLDER,
+    LIBRARY_FILE,
+    RECORD_FILE,
+    BuildError,
+    BuildRecord,
+    library_problem,
+    loadable_record,
+    read_record,
+    source_hashes,
+)
 
 ROOT = Path(__file__).parents[1]
+FIELDS = [field.name for field in dataclasses.fields(BuildRecord)]
 VARIABLES = ("CXX", "CUDACXX", "NVCC", "CUDA_HOME", "NTF_CUDA_ARCHS")
 
 # Stands in for a C++ compiler: writes the name of each source, or of all objects, into its output.
@@ -119,11 +133,31 @@ def test_library_of_other_sources_is_stale_and_built_again(package, toolchain, c
     assert library_problem(package) is None
 
 
-def test_other_compiler_or_target_builds_again(package, toolchain, calls):
+@pytest.mark.parametrize("name", [".loss.cpp.swp", "loss.cpp~", "#loss.cu#", "loss.txt"])
+def test_file_that_is_no_source_changes_nothing(package, toolchain, name):
+    build(toolchain, package)
+    (package / "csrc" / name).write_text("what an editor leaves")
+    assert library_problem(package) is None
+    assert f"csrc/{name}" not in source_hashes(package)
+
+
+@pytest.mark.parametrize(
+    "change", [{"cxx_version": "pretending 2.0"}, {"instruction_sets": {"generic": ()}}], ids=["version", "targets"]
+)
+def test_other_compiler_or_target_builds_again(package, toolchain, calls, change):
     build(toolchain, package)
     before = len(calls.read_text())
-    build(dataclasses.replace(toolchain, cxx_version="pretending 2.0"), package)
+    build(dataclasses.replace(toolchain, **change), package)
     assert len(calls.read_text()) > before
+
+
+def test_other_words_of_the_compilers_command_build_again(package, toolchain, calls):
+    build(toolchain, package)
+    before = len(calls.read_text())
+    other = dataclasses.replace(toolchain, cxx=(*toolchain.cxx, "-ffast-math"))
+    assert build(other, package).cxx == other.cxx
+    assert len(calls.read_text()) > before
+    assert read_record(package).cxx == other.cxx
 
 
 def test_missing_damaged_and_foreign_files_are_told_apart(package, toolchain):
@@ -134,11 +168,16 @@ def test_missing_damaged_and_foreign_files_are_told_apart(package, toolchain):
     library.write_bytes(whole[:-1])
     assert library_problem(package) == "a damaged library, it is not the file that was built"
     library.write_bytes(whole)
-    for other in ("{}", "[]", "{", '{"torch": 1}'):
+    of_older_versions = [{key: value for key, value in json.loads(text).items() if key != gone} for gone in FIELDS]
+    of_newer_version = json.loads(text) | {"new": 1}
+    without_hashes = json.loads(text) | {"sources_sha256": None}
+    for other in ("{}", "[]", "{", *map(json.dumps, [*of_older_versions, of_newer_version, without_hashes])):
         record.write_text(other)
-        assert library_problem(package) == "no library, it has not been built"
+        assert library_problem(package) == "a stale library, its record is of another version"
     record.write_text(text)
     assert library_problem(package) is None
+    record.unlink()
+    assert library_problem(package) == "no library, it has not been built"
 
 
 def test_failed_compilation_shows_the_message_and_keeps_the_old_library(package, toolchain, capsys):
@@ -244,15 +283,16 @@ def test_cuda_sources_are_compiled_for_every_target_with_ptx_of_the_newest(packa
 
 def test_default_targets_are_those_that_nvcc_knows(toolchain, tmp_path, monkeypatch):
     nvcc = executable(tmp_path / "cuda" / "bin" / "nvcc", NVCC.format(release="13.0"))
-    assert builder._known_targets(str(nvcc), builder.parse_targets(DEFAULT_CUDA_ARCHS), by_name=False) == (
-        "75",
-        "80",
-        "90",
-    )
-    with pytest.raises(
-        BuildError, match=r"NTF_CUDA_ARCHS: got 120, which .*nvcc does not know, wanted some of 75 80 90"
+    assert builder._known_targets(str(nvcc), builder.parse_targets(DEFAULT_CUDA_ARCHS, ""), "") == ("75", "80", "90")
+    for source, targets, subject in (
+        ("NTF_CUDA_ARCHS", ("75", "120"), "NTF_CUDA_ARCHS"),
+        ("--cuda-archs", ("75", "120"), "--cuda-archs"),
+        ("", ("120",), "the default CUDA targets"),
     ):
-        builder._known_targets(str(nvcc), ("75", "120"), by_name=True)
+        with pytest.raises(
+            BuildError, match=rf"^{subject}: got 120, which .*nvcc does not know, wanted some of 75 80 90"
+        ):
+            builder._known_targets(str(nvcc), targets, source)
 
 
 @pytest.mark.parametrize(
@@ -267,9 +307,9 @@ def test_nvcc_that_does_not_fit_leaves_cuda_out_and_says_why(toolchain, tmp_path
 
 def test_torch_for_the_cpu_and_a_machine_without_nvcc_leave_cuda_out(toolchain, monkeypatch):
     torch = toolchain.torch
-    assert "is a CPU build" in builder._find_cuda(dataclasses.replace(torch, cuda=None), ("90",), by_name=False)[1]
+    assert "is a CPU build" in builder._find_cuda(dataclasses.replace(torch, cuda=None), ("90",), "")[1]
     monkeypatch.setattr(builder, "find_nvcc", lambda: None)
-    reason = builder._find_cuda(dataclasses.replace(torch, cuda="13.0"), ("90",), by_name=False)[1]
+    reason = builder._find_cuda(dataclasses.replace(torch, cuda="13.0"), ("90",), "")[1]
     assert reason == "no nvcc in CUDACXX, NVCC, CUDA_HOME, PATH or /usr/local/cuda"
 
 
@@ -284,25 +324,59 @@ def test_nvcc_is_looked_for_in_the_environment_first(tmp_path, monkeypatch):
         builder.find_nvcc()
 
 
+def test_cuda_home_without_nvcc_is_refused_though_the_path_has_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(executable(tmp_path / "bin" / "nvcc", NVCC).parent))
+    assert builder.find_nvcc() == str(tmp_path / "bin" / "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    with pytest.raises(BuildError, match=r"^CUDA_HOME: got .*none, in which there is no bin/nvcc.*--cpu-only$"):
+        builder.find_nvcc()
+
+
 @pytest.mark.parametrize(("text", "targets"), [("75", ("75",)), ("120;80, 90\n", ("80", "90", "120"))])
 def test_targets_are_read_and_sorted(text, targets):
-    assert builder.parse_targets(text) == targets
+    assert builder.parse_targets(text, "NTF_CUDA_ARCHS") == targets
 
 
-@pytest.mark.parametrize("text", ["", "8.0", "sm_90", "90+PTX", "9"])
-def test_senseless_targets_are_refused(text, monkeypatch, capsys):
+@pytest.mark.parametrize("text", [",", "8.0", "sm_90", "90+PTX", "9"])
+def test_senseless_targets_are_refused_and_whoever_names_them_is_named(text, monkeypatch, capsys):
+    assert main(["--cuda-archs", text]) == 1
+    assert "error: --cuda-archs: got " in capsys.readouterr().err
     monkeypatch.setenv("NTF_CUDA_ARCHS", text)
     assert main([]) == 1
     assert "error: NTF_CUDA_ARCHS: got " in capsys.readouterr().err
+    assert find_toolchain(cpu_only=True).cuda is None
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_empty_targets_are_the_default(text, monkeypatch):
+    monkeypatch.setenv("NTF_CUDA_ARCHS", text)
+    default = tuple(DEFAULT_CUDA_ARCHS.split())
+    assert builder._wanted_targets(None) == builder._wanted_targets(text) == (default, "")
+    monkeypatch.setenv("NTF_CUDA_ARCHS", "90")
+    assert builder._wanted_targets("") == (("90",), "NTF_CUDA_ARCHS")
+    assert builder._wanted_targets("75") == (("75",), "--cuda-archs")
 
 
 def test_machine_without_compiler_gets_status_2_and_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main([]) == 2
     assert "got none of c++, g++ and clang++, wanted a compiler for C++20" in capsys.readouterr().err
-    monkeypatch.setenv("CXX", "my-c++ -m64")
-    with pytest.raises(NoCompilerError, match="CXX: got my-c\\+\\+, which is not on the path"):
-        builder.find_cxx()
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ("my-c++ -m64", "my-c++, which is not on the path, wanted a compiler for C++20: correct it, or unset it"),
+        (
+            "'",
+            "', which cannot be split into words (No closing quotation), wanted a command as a shell reads it: close",
+        ),
+    ],
+)
+def test_compiler_that_is_named_and_not_there_gets_status_1_and_a_sentence(text, got, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", text)
+    assert main([]) == 1
+    assert f"error: CXX: got {got}" in capsys.readouterr().err
 
 
 def test_first_compiler_of_the_path_is_taken_unless_one_is_named(tmp_path, monkeypatch):
@@ -352,8 +426,77 @@ def test_what_the_real_compiler_says_is_shown(package, capsys):
     assert "loss.cpp:1:" in capsys.readouterr().err
 
 
-def test_check_builds_nothing_and_tells_by_its_status():
+def test_c_driver_that_cannot_link_is_told_apart_from_a_source_that_does_not_compile(package, monkeypatch):
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no gcc here")
+    (package / "csrc" / "loss.cpp").write_text("#include <iostream>\nvoid say(int x) { std::cout << x; }\n")
+    monkeypatch.setenv("CXX", "gcc")
+    with pytest.raises(BuildError, match=rf"{LIBRARY_FILE}: got exit status 1 from gcc.*name the C\+\+ driver in CXX"):
+        build(real_toolchain(), package)
+
+
+def check_in_a_new_process(folder):
+    """`--check` of a package's copy."""
     command = [sys.executable, "-m", "cpp_ext.build", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == (0 if library_problem() is None else 1)
-    assert ("up to date: " if done.returncode == 0 else "python -m cpp_ext.build: ") in done.stdout
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_check_builds_nothing_and_tells_by_its_status():
+    done = check_in_a_new_process(ROOT)
+    assert done.returncode == (1 if ops.fused_problem("cpu") else 0), done.stderr
+    if done.returncode == 0:
+        assert f"loads: {read_record().describe()}" in done.stdout
+    else:
+        assert f"error: {ops.fused_problem('cpu')}" in done.stderr
+
+
+def forge(package, **changes):
+    """The record of the package's library with other values."""
+    record = dataclasses.replace(read_record(package), **changes)
+    (package / RECORD_FILE).write_text(record.to_json())
+
+
+def test_check_and_loading_give_the_same_answer_about_whatever_is_wrong(tmp_path, toolchain):
+    package = tmp_path / "cpp_ext"
+    (package / "csrc").mkdir(parents=True)
+    for path in FOLDER.glob("*.py"):
+        shutil.copy(path, package)
+    (package / "csrc" / "loss.cpp").write_text("// loss.cpp")
+    program = "from cpp_ext import ops; print(f'error: {ops.fused_problem(\"cpu\")}')"
+    state = {
+        "no library, it has not been built": lambda: None,
+        # What pretends to be a compiler makes no library.
+        "a library that does not load": lambda: build(toolchain, package),
+        "a library for CUDA 11 beside torch": lambda: forge(package, cuda_targets=("90",), torch_cuda="11.8"),
+        "a damaged library": lambda: (package / LIBRARY_FILE).write_text("half"),
+        "a stale library": lambda: (package / "csrc" / "loss.cpp").write_text("// other"),
+    }
+    for got, change in state.items():
+        change()
+        done = check_in_a_new_process(tmp_path)
+        assert done.returncode == 1, got
+        assert done.stderr.startswith(f"error: the fused loss: got {got}")
+        assert done.stderr.endswith("wanted a current library: run python -m cpp_ext.build\n")
+        loading = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
+        assert loading.stdout == done.stderr
+
+
+def test_library_without_a_cuda_part_may_be_loaded_by_every_torch(package, toolchain):
+    build(toolchain, package)
+    for cuda in (None, "12.8", "13.0"):
+        assert loadable_record(package, torch_version="2.10.0", torch_cuda=cuda) == read_record(package)
+    forge(package, cuda_targets=("90",), torch_cuda="13.0")
+    assert loadable_record(package, torch_version="2.10.0", torch_cuda="13.2") == read_record(package)
+    for cuda in (None, "12.8"):
+        with pytest.raises(
+            BuildError, match=r"got a library for CUDA 13 beside torch 2.10.0, .*: run python -m cpp_ext"
+        ):
+            loadable_record(package, torch_version="2.10.0", torch_cuda=cuda)
+
+
+def test_check_without_torch_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["--check"]) == 1
+    assert "error: torch: got " in capsys.readouterr().err

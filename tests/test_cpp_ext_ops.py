@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import itertools
 import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -19,7 +22,7 @@ from test_cpp_ext_reference import DENOMINATORS, FORMS, GOLDEN, LADDER, REFUSED,
 import cpp_ext
 from cpp_ext import ops, reference
 from cpp_ext.build import NoCompilerError, find_cxx
-from cpp_ext.library import BuildError
+from cpp_ext.library import FOLDER, LIBRARY_FILE, RECORD_FILE, BuildError, read_record
 from cpp_ext.ops import fused_soft_contrastive_loss, soft_contrastive_loss
 
 ROOT = Path(__file__).parents[1]
@@ -377,6 +380,75 @@ def test_gradient_by_torch_func_is_refused_by_torch_and_not_wrong():
         torch.func.grad(lambda x: fused_soft_contrastive_loss(x, labels, h, **USUAL))(z)
 
 
+def dual(tensor):
+    return torch.autograd.forward_ad.make_dual(tensor, torch.ones_like(tensor))
+
+
+def of_dual(function, tensor):
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(function(dual(tensor))).tangent
+
+
+def jvp(function, tensor):
+    return torch.func.jvp(function, (tensor,), (torch.ones_like(tensor),))[1]
+
+
+# torch's forward mode itself uses what torch warns about.
+forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
+FORWARD_MODE = {
+    "jvp": jvp,
+    "jacfwd": lambda f, z: torch.func.jacfwd(f)(z),
+    "vmap of jvp": lambda f, z: torch.vmap(lambda t: torch.func.jvp(f, (z,), (t,))[1])(torch.stack((z, 2 * z))),
+    "outer of two jvp": lambda f, z: jvp(lambda x: jvp(lambda u: u.sum() * f(x), z), z),
+    "make_dual": lambda f, z: of_dual(f, z),
+    "make_dual of a leaf": lambda f, z: of_dual(f, z.clone().requires_grad_()),
+}
+
+
+@forward_mode
+@pytest.mark.parametrize("way", FORWARD_MODE)
+def test_derivative_in_forward_mode_is_refused_in_a_sentence_and_not_zero(way):
+    z, labels, h = batch(8, dtype=torch.float64)
+    losses = [
+        lambda x: fused_soft_contrastive_loss(x, labels, h, **USUAL),
+        lambda x: fused_soft_contrastive_loss(z, labels, x[:4], trace_gradient=True, **USUAL),
+    ]
+    for loss in losses:
+        with pytest.raises(
+            RuntimeError, match=r'got a tensor with a tangent.*take backend="reference" for forward mode'
+        ):
+            FORWARD_MODE[way](loss, z)
+
+
+@forward_mode
+def test_upstream_gradient_with_a_tangent_is_refused():
+    z, labels, h = batch(8)
+    per_row = fused_soft_contrastive_loss(z.requires_grad_(), labels, h, reduction="none", **USUAL)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match="reverse mode only, got a tensor with a tangent"),
+    ):
+        torch.autograd.grad(per_row, z, dual(torch.ones(8)))
+
+
+@forward_mode
+def test_tensors_without_a_tangent_pass_where_another_has_one():
+    z, labels, h = batch(8)
+    with torch.autograd.forward_ad.dual_level():
+        # Detached traces have none either.
+        found = fused_soft_contrastive_loss(z, labels, dual(h), **USUAL)
+    assert torch.equal(found, fused_soft_contrastive_loss(z, labels, h, **USUAL))
+
+
+@forward_mode
+def test_forward_mode_of_the_reference_is_the_product_with_its_gradient():
+    z, labels, h = batch(8, dtype=torch.float64)
+    found = jvp(lambda x: soft_contrastive_loss(x, labels, h, backend="reference", **USUAL), z)
+    leaf = z.clone().requires_grad_()
+    fused_soft_contrastive_loss(leaf, labels, h, **USUAL).backward()
+    assert found.item() == pytest.approx(leaf.grad.sum().item(), rel=1e-10)
+
+
 def test_vmap_is_refused_in_a_sentence():
     z, labels, h = batch(8)
     with pytest.raises(RuntimeError, match=r"takes one batch \(N, C\) a call.*under vmap"):
@@ -494,22 +566,48 @@ def test_senseless_input_is_refused_with_the_sentence_of_the_reference(change, m
         fused_soft_contrastive_loss(*tensors, **options)
 
 
-def test_device_without_kernels_is_refused_and_auto_takes_the_reference_and_says_so_once(caplog):
-    ops._warn_once.cache_clear()
+@pytest.fixture
+def new_choices():
+    """Choices of "auto" as in a new process, before and after."""
+    ops.forget_choices()
+    yield
+    ops.forget_choices()
+
+
+def test_device_without_kernels_is_refused_and_auto_takes_the_reference_and_says_so_once(new_choices, caplog):
     z = torch.zeros(4, 3, device="meta")
     with pytest.raises(BuildError, match=r'embeddings on meta.*take backend="reference"'):
         fused_soft_contrastive_loss(z, torch.zeros(4, dtype=torch.int64, device="meta"), z, **USUAL)
     with pytest.raises(BuildError, match="embeddings on meta"):
         ops.resolve_backend("fused", "meta")
     with caplog.at_level(logging.WARNING, logger="cpp_ext.ops"):
-        assert ops.resolve_backend("auto", "meta") == "reference"
-        assert ops.resolve_backend("auto", "meta") == "reference"
+        for device in ("meta", "meta", "xpu"):
+            assert ops.resolve_backend("auto", device) == "reference"
     assert [record.message.partition(";")[0] for record in caplog.records] == [
         "soft contrastive loss: the reference runs, memory grows with N x N"
     ]
 
 
-def test_backend_is_what_was_asked_for(monkeypatch):
+def test_first_automatic_choice_is_kept_for_the_process(new_choices, monkeypatch):
+    asked = []
+    problem = BuildError("the fused loss", got="no library", wanted="one", remedy="build it")
+
+    def missing(device):
+        asked.append(device)
+        return problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "fused_problem", missing)
+        assert [ops.resolve_backend("auto", "cpu") for _ in range(3)] == ["reference"] * 3
+        assert asked == ["cpu"]
+    # The library is there now; a computation that began with the reference goes on with it.
+    assert ops.resolve_backend("fused", "cpu") == "fused"
+    assert ops.resolve_backend("auto", "cpu") == "reference"
+    ops.forget_choices()
+    assert ops.resolve_backend("auto", "cpu") == "fused"
+
+
+def test_backend_is_what_was_asked_for(new_choices, monkeypatch):
     assert ops.resolve_backend("auto", "cpu") == ops.resolve_backend("fused", "cpu") == "fused"
     assert ops.resolve_backend("reference", "cpu") == "reference"
     with pytest.raises(ValueError, match="backend must be one of auto, fused, reference, got 'cuda'"):
@@ -536,11 +634,61 @@ def test_missing_library_is_refused_and_nothing_stays_half_loaded(tmp_path, monk
 
 def test_library_for_another_cuda_is_refused(monkeypatch):
     unloaded(monkeypatch)
-    record = ops.read_record()
-    other = type(record)(**{**vars(record), "cuda_targets": ("90",), "torch_cuda": "11.8"})
-    monkeypatch.setattr(ops, "read_record", lambda folder: other)
+    other = dataclasses.replace(read_record(), cuda_targets=("90",), torch_cuda="11.8")
+    monkeypatch.setattr("cpp_ext.library.read_record", lambda folder: other)
     with pytest.raises(BuildError, match="got a library for CUDA 11 beside torch"):
         ops.load_library()
+
+
+def test_loading_waits_for_the_build_that_is_at_work(tmp_path, monkeypatch, caplog):
+    unloaded(monkeypatch)
+    (tmp_path / "csrc").mkdir()
+    told = []
+
+    def load():
+        with pytest.raises(BuildError) as refused:
+            ops.load_library(tmp_path)
+        told.append(refused.value.got)
+
+    # Nothing is read before the build ends: what it leaves is a record of another version.
+    with caplog.at_level(logging.WARNING, logger="cpp_ext.library"):
+        handle = os.open(tmp_path / "csrc", os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        thread = threading.Thread(target=load)
+        thread.start()
+        while not caplog.records:
+            thread.join(0.01)
+            assert thread.is_alive()
+        for name in (LIBRARY_FILE, RECORD_FILE):
+            (tmp_path / name).write_text("{}")
+        os.close(handle)
+        thread.join()
+    assert "a build is at work" in caplog.text
+    assert told == ["a stale library, its record is of another version"]
+
+
+def test_library_is_read_and_loaded_under_the_lock(monkeypatch):
+    unloaded(monkeypatch)
+
+    def locked(*_, **__):
+        handle = os.open(FOLDER / "csrc", os.O_RDONLY)
+        try:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(handle)
+        seen.append(True)
+        return read_record()
+
+    seen = []
+    monkeypatch.setattr(ops, "loadable_record", locked)
+    monkeypatch.setattr(torch.ops, "load_library", locked)
+    monkeypatch.setattr(ops, "_register", lambda: None)
+    ops.load_library()
+    assert seen == [True, True]
+    handle = os.open(FOLDER / "csrc", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
 
 
 def test_numbers_of_the_choices_are_those_of_the_header():
@@ -571,6 +719,6 @@ def test_build_error_survives_pickling():
 
 
 def test_record_reads_back_as_it_was_written():
-    record = ops.read_record()
+    record = read_record()
     assert json.loads(record.to_json())["instruction_sets"] == list(record.instruction_sets)
     assert ops.loaded_record() == record

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib.machinery import ModuleSpec
 
 import pytest
 
 import cpp_ext.library
+import runtime.fused_loss
 from cpp_ext.library import LIBRARY_FILE, RECORD_FILE, BuildRecord, library_problem, source_hashes
 from runtime.backends import BACKENDS, Probe
 from runtime.cli import main
@@ -119,6 +121,7 @@ def extension(tmp_path, monkeypatch):
         library_sha256=cpp_ext.library.file_sha256(tmp_path / LIBRARY_FILE),
         torch="2.14.1",
         torch_cuda="13.0",
+        cxx=("c++",),
         compilers={"c++": "12"},
         instruction_sets=("sse2", "avx2"),
         cuda_targets=("75", "90"),
@@ -142,6 +145,17 @@ def test_fused_loss_without_cuda_says_why(extension, monkeypatch):
     assert probe_fused_loss().describe() == "built for sse2 avx2; no CUDA (no nvcc)"
 
 
+def rewrite(folder, change):
+    record = json.loads((folder / RECORD_FILE).read_text())
+    change(record)
+    (folder / RECORD_FILE).write_text(json.dumps(record))
+
+
+def test_doctor_goes_by_the_fields_and_the_sources_of_the_library():
+    assert {field.name for field in dataclasses.fields(BuildRecord)} == runtime.fused_loss._RECORD_FIELDS
+    assert cpp_ext.library.SOURCE_SUFFIXES == runtime.fused_loss._SOURCE_SUFFIXES
+
+
 @pytest.mark.parametrize(
     ("change", "state", "detail"),
     [
@@ -153,7 +167,11 @@ def test_fused_loss_without_cuda_says_why(extension, monkeypatch):
         (lambda folder: (folder / LIBRARY_FILE).write_bytes(b"half"), "damaged", "not the file that was built"),
         (lambda folder: (folder / LIBRARY_FILE).unlink(), "missing", "run python -m cpp_ext.build"),
         (lambda folder: (folder / RECORD_FILE).unlink(), "missing", "run python -m cpp_ext.build"),
-        (lambda folder: (folder / RECORD_FILE).write_text("{"), "missing", "run python -m cpp_ext.build"),
+        (lambda folder: (folder / "csrc" / ".loss.h.swp").write_text("swap"), "built", ""),
+        (lambda folder: (folder / RECORD_FILE).write_text("{"), "stale", "its record is of another version"),
+        (lambda folder: (folder / RECORD_FILE).write_text("[]"), "stale", "its record is of another version"),
+        (lambda folder: rewrite(folder, lambda record: record.pop("cxx")), "stale", "its record is of another version"),
+        (lambda folder: rewrite(folder, lambda record: record.update(new=1)), "stale", "of another version"),
         (lambda folder: (folder / RECORD_FILE).write_text("{}"), "stale", "its record is of another version"),
     ],
 )

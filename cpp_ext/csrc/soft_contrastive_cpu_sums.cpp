@@ -67,7 +67,7 @@ PairSums<T> sum_pairs(const TileKernels<T>& kernel, const PackedRows<T>& rows, c
     });
     for (Sums<T>* sums : {&result.same, &result.other})
       for (int64_t slot = 0; slot < slots; ++slot)
-        if (!std::isfinite(sums->shift[slot])) sums->shift[slot] = 0;  // padding, or no such rows
+        if (sums->shift[slot] == kLowest<T>) sums->shift[slot] = 0;  // padding, or no such rows; infinity gives NaN
   }
   run_pairs(workers, blocks, same_label, [&](int, int64_t i, int64_t k) {
     T row_sum[kBlock], col_sum[kBlock];
@@ -108,7 +108,7 @@ Sums<T> sum_traces(const TileKernels<T>& kernel, const PackedRows<T>& rows, cons
       raise(shift, partial, block.rows);
     }
     for (int64_t r = 0; r < rows.capacity; ++r)
-      if (!std::isfinite(shift[r])) shift[r] = 0;  // padding
+      if (shift[r] == kLowest<T>) shift[r] = 0;  // padding; infinity gives NaN
     T* pulled = pulled_rows.get() + worker * pulled_size;
     std::fill_n(pulled, pulled_size, T(0));
     for (int64_t k = 0; k < trace_blocks.count(); ++k) {
