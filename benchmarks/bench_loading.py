@@ -104,12 +104,12 @@ def loader_rate(batches: Iterable[Any]) -> float:
 
 
 def training_step(stage: Stage, batch: ViewBatch) -> Callable[[], None]:
-    """Forward, backward and update, as `train.stages.StageLoop` makes them."""
+    """Forward, backward and update, as `train.loop.StageLoop` makes them."""
     optimizer = torch.optim.SGD(stage.trainable(), lr=1e-4, momentum=0.9)
     stage.set_train_mode()
 
     def step() -> None:
-        loss = stage.losses(batch)["loss"]
+        loss = stage.losses(batch, len(batch.labels))["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
