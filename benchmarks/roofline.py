@@ -1,7 +1,8 @@
 """What the CUDA kernels of the loss can reach, on paper: `python -m benchmarks.roofline` writes benchmarks/README.md.
 
-Nothing here was measured on a GPU. The formulas are those in the comments of cpp_ext/csrc/soft_contrastive.cu, for form
-log_sum, C = 128, J = N / 2, forward (with what the backward pass needs) and backward, counted as in the benchmark.
+Nothing here was measured on a GPU. The formulas are those in the comments of cpp_ext/csrc/soft_contrastive_pairs.cuh,
+for form log_sum, C = 128, J = N / 2, forward (with what the backward pass needs) and backward, counted as in the
+benchmark.
 """
 
 from __future__ import annotations

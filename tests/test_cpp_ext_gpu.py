@@ -213,13 +213,14 @@ def test_kernels_run_on_the_current_stream():
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_waits_for_the_device(form):
     z, labels, h = (x.cuda() for x in batch(300))
-    run(fused_soft_contrastive_loss, z, labels, h, form=form, **USUAL)
+    expected = run(fused_soft_contrastive_loss, z, labels, h, form=form, **USUAL)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises
     try:
-        run(fused_soft_contrastive_loss, z, labels, h, form=form, **USUAL)
+        found = run(fused_soft_contrastive_loss, z, labels, h, form=form, **USUAL)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_forward_and_backward_are_captured_in_a_cuda_graph():

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import tiny_config, write_pictures
+from training import stopping_after, tiny_config, write_pictures
 
 from export.run_inputs import load_run
 from runtime.manifest import sha256_of
@@ -136,17 +136,8 @@ def test_adapted_run_is_exported_with_the_pictures_it_was_calibrated_on(adapted)
 
 
 @pytest.mark.parametrize("batches", [2, 7])
-def test_adaptation_that_was_stopped_resumes_to_the_same_weights(parent, own, adapted, tmp_path, monkeypatch, batches):
-    taken, train_batch = [], StageLoop._train_batch
-
-    def stopping(loop, batch):
-        if len(taken) == batches:
-            raise KeyboardInterrupt
-        taken.append(batch)
-        train_batch(loop, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageLoop, "_train_batch", stopping)
+def test_adaptation_that_was_stopped_resumes_to_the_same_weights(parent, own, adapted, tmp_path, batches):
+    with stopping_after(batches):
         assert main(command(parent, own, tmp_path / "run")) == 130
     assert main(["--resume", str(tmp_path / "run")]) == 0
     theirs = load_file(adapted / "stage2.safetensors")

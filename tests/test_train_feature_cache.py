@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import tiny_config, write_pictures
+from training import stopping_after, tiny_config, write_pictures
 
 from train.config import AugmentConfig, CacheConfig, ModelConfig, Stage1Config, Stage2Config
 from train.data import load_split
@@ -16,7 +16,6 @@ from train.encoder import Encoder
 from train.errors import ConfigError
 from train.feature_cache import FeatureCache, cache_key
 from train.loading import Key, ViewPlan
-from train.loop import StageLoop
 from train.model import NTFDetector
 from train.run import main, train
 
@@ -119,19 +118,9 @@ def test_without_a_number_of_views_the_results_are_those_of_the_default(config, 
 
 
 @pytest.mark.parametrize("batches", [4, 8, 11])
-def test_cached_run_that_was_stopped_resumes_to_the_same_weights(cached_config, cached, tmp_path, monkeypatch, batches):
-    taken, train_batch = [], StageLoop._train_batch
-
-    def stopping(loop, batch):
-        if len(taken) == batches:
-            raise KeyboardInterrupt
-        taken.append(batch)
-        train_batch(loop, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageLoop, "_train_batch", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(cached_config, tmp_path)
+def test_cached_run_that_was_stopped_resumes_to_the_same_weights(cached_config, cached, tmp_path, batches):
+    with stopping_after(batches), pytest.raises(KeyboardInterrupt):
+        train(cached_config, tmp_path)
     assert main(["--resume", str(tmp_path)]) == 0
     assert difference(tmp_path, cached) == 0
     assert history(tmp_path) == history(cached)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import tiny_config, write_pictures
+from training import stopping_after, tiny_config, write_pictures
 
 from export.trt import Options, export_run
 from runtime import Detector
@@ -18,7 +18,6 @@ from train.config import CacheConfig, ModelConfig, Stage2Config
 from train.data import load_split
 from train.encoder import load_encoder
 from train.errors import ConfigError
-from train.loop import StageLoop
 from train.methods import METHODS, check_method
 from train.run import main, parse_options, train
 from train.scoring import score_pictures
@@ -75,20 +74,10 @@ def test_only_what_the_method_trains_has_changed(finished):
     assert not trained["mean_trace"].any()
 
 
-def test_resumed_run_gives_the_same_numbers(finished, data, tmp_path, monkeypatch):
+def test_resumed_run_gives_the_same_numbers(finished, data, tmp_path):
     method, run = finished
-    taken, train_batch = [], StageLoop._train_batch
-
-    def stopping(loop, batch):
-        if len(taken) == 4:
-            raise KeyboardInterrupt
-        taken.append(batch)
-        train_batch(loop, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageLoop, "_train_batch", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(config_of(data, method), tmp_path)
+    with stopping_after(4), pytest.raises(KeyboardInterrupt):
+        train(config_of(data, method), tmp_path)
     assert main(["--resume", str(tmp_path)]) == 0
     theirs = load_file(run / "stage2.safetensors")
     for name, value in load_file(tmp_path / "stage2.safetensors").items():

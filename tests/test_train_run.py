@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import tiny_config, write_pictures
+from training import stopping_after, tiny_config, write_pictures
 
-import train.loop as loop
 import train.stages as stages
 from train.checkpoint import load_calibration, load_config, load_detector, load_state, newest_run
 from train.config import ModelConfig, Stage2Config
@@ -20,10 +19,6 @@ from train.data import load_split
 from train.errors import CheckpointError, ConfigError, DataError, TrainingError
 from train.run import main, parse_options, train
 from train.scoring import mean_natural_trace, score_pictures
-
-
-class Stopped(Exception):
-    """Stands in for a kill."""
 
 
 @pytest.fixture(scope="module")
@@ -102,23 +97,11 @@ def test_mean_trace_is_the_mean_over_real_training_pictures(finished, data):
 
 # Optimiser steps before the stop: in the middle of an epoch of either stage, and at the end of an epoch.
 @pytest.mark.parametrize("steps", [1, 3, 5, 6])
-def test_resumed_run_gives_the_same_numbers_as_an_undisturbed_one(config, finished, tmp_path, monkeypatch, steps):
+def test_resumed_run_gives_the_same_numbers_as_an_undisturbed_one(config, finished, tmp_path, steps):
     run = tmp_path / "stopped"
     run.mkdir()
-    taken = 0
-    plain = loop.StageLoop._train_batch
-
-    def stopping(stage_loop, batch):
-        nonlocal taken
-        if taken == steps:
-            raise Stopped
-        taken += 1
-        plain(stage_loop, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.StageLoop, "_train_batch", stopping)
-        with pytest.raises(Stopped):
-            train(config, run)
+    with stopping_after(steps), pytest.raises(KeyboardInterrupt):
+        train(config, run)
     state = load_state(run)
     assert (state["stage"], state["epoch"]) != (2, 2)
     assert main(["--resume", str(run)]) == 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from train.config import (
@@ -18,6 +21,7 @@ from train.config import (
     Stage2Config,
     preset_config,
 )
+from train.loop import StageLoop
 
 TINY_ENCODER = "test_resnet"  # timm's own test model: 160 px, 0.4 M parameters, residual connections
 GENERATOR = "halved"
@@ -63,3 +67,19 @@ def tiny_config(data: Path, *, encoder: str = TINY_ENCODER, **changes: object) -
         device="cpu",
     )
     return replace(config, **changes)
+
+
+@contextmanager
+def stopping_after(batches: int) -> Iterator[None]:
+    """Training is interrupted before its next batch, once it has taken so many; stands in for Ctrl-C and for a kill."""
+    taken, train_batch = [], StageLoop._train_batch
+
+    def stopping(loop, batch):
+        if len(taken) == batches:
+            raise KeyboardInterrupt
+        taken.append(batch)
+        train_batch(loop, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageLoop, "_train_batch", stopping)
+        yield
