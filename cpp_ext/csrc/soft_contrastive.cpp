@@ -3,8 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
