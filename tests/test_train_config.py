@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from train.config import check_config, config_from_dict, config_from_file, preset_config
+from train.config import AugmentConfig, check_config, config_from_dict, config_from_file, preset_config
 from train.errors import ConfigError
+from train.run import parse_options
 
 
 def test_paper_preset_has_the_papers_settings():
@@ -31,6 +32,13 @@ def test_json_round_trip_gives_the_same_configuration(preset, tmp_path):
     assert config_from_file(path) == config
     path.write_text(json.dumps({"config": dataclasses.asdict(config), "environment": {}}))
     assert config_from_file(path) == config
+
+
+def test_ranges_of_the_augmentations_come_from_the_command_line_and_from_json(tmp_path):
+    given = ["--blur-share", "0.5", "--blur-sigma", "0", "2", "--jpeg-share", "0.1", "--jpeg-quality", "60", "95"]
+    config = parse_options(["--data", "x", *given]).run
+    assert config.augment == AugmentConfig(blur_share=0.5, blur_sigma=(0.0, 2.0), jpeg_share=0.1, jpeg_quality=(60, 95))
+    assert config_from_dict(dataclasses.asdict(config), source="test") == config
 
 
 def test_configuration_from_before_a_field_existed_is_read_with_its_default():
@@ -78,6 +86,11 @@ def test_file_that_is_missing_or_not_json_is_refused(tmp_path):
         ("stage2", {"scl_crop": 0}, "--stage2.scl-crop: got 0"),
         ("decision", {"real_flagged_rate": 1.0}, "--real-flagged-rate: got 1.0"),
         ("augment", {"grey": 2.0}, "--grey: got 2.0"),
+        ("augment", {"blur_share": 1.5}, r"--blur-share: got 1.5, wanted \[0, 1\]"),
+        ("augment", {"blur_sigma": (2.0, 1.0)}, "--blur-sigma: got 2.0 1.0, wanted two values from 0 on, the smaller"),
+        ("augment", {"jpeg_quality": (0, 90)}, "--jpeg-quality: got 0 90, wanted two values from 1 to 100"),
+        ("augment", {"rescale_factor": (0.0, 1.0)}, "--rescale-factor: got 0.0 1.0, wanted two values from 0.01 on"),
+        ("augment", {"noise_std": (0.0, float("inf"))}, "--noise-std: got 0.0 inf"),
     ],
 )
 def test_senseless_value_is_refused_by_option(part, change, message):

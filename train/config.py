@@ -28,6 +28,8 @@ from train.pictures import CorruptPolicy
 Preset = Literal["demo", "paper"]
 Method = Literal["ntf", "bce", "probe"]
 DEMO_DATA = "demo"
+# Below this, hardly a pixel of a picture is left.
+SMALLEST_FACTOR = 0.01
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What happens to a training picture besides cropping; alike on real and fake pictures."""
+    """What happens to a training picture besides cropping; alike on real and fake pictures.
+
+    Each view draws for itself. Blur and JPEG are those of Wang et al. 2020 (arXiv:1912.11035), with wider qualities.
+    """
 
     flip: bool = True
     """Horizontal flip, half of the time."""
@@ -80,6 +85,22 @@ class AugmentConfig:
     """Largest relative change of brightness, contrast and saturation, in [0, 1)."""
     grey: float = 0.0
     """Share of the pictures turned grey, in [0, 1]."""
+    blur_share: float = 0.0
+    """Share of the views that are blurred by a Gaussian."""
+    blur_sigma: tuple[float, float] = (0.0, 3.0)
+    """Smallest and largest standard deviation of the Gaussian, in pixels."""
+    jpeg_share: float = 0.0
+    """Share of the views that are stored as JPEG, the last thing that happens to them."""
+    jpeg_quality: tuple[int, int] = (30, 100)
+    """Smallest and largest JPEG quality."""
+    rescale_share: float = 0.0
+    """Share of the views that are cropped from a resampled picture."""
+    rescale_factor: tuple[float, float] = (0.5, 1.5)
+    """Smallest and largest factor of the picture's sides."""
+    noise_share: float = 0.0
+    """Share of the views with Gaussian noise."""
+    noise_std: tuple[float, float] = (0.0, 10.0)
+    """Smallest and largest standard deviation of the noise, in grey levels of 255."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +299,7 @@ def check_config(config: RunConfig) -> None:
             rate,
         ),
     ]
+    rules += _augment_rules(config.augment)
     for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
         rules += [
             (f"--{name}.epochs", stage.epochs, stage.epochs >= 1, "1 or more"),
@@ -295,6 +317,25 @@ def check_config(config: RunConfig) -> None:
             wanted="a folder, shards or a list with a train and a val split",
             remedy="pass --data DIR, or --data demo for the demo pictures",
         )
+
+
+def _augment_rules(augment: AugmentConfig) -> list[tuple[str, Any, bool, str]]:
+    """Option, value, whether it holds, and what is wanted."""
+    ranges: list[tuple[str, float, tuple[float, float], tuple[float, float], str]] = [
+        ("blur", augment.blur_share, augment.blur_sigma, (0, math.inf), "sigma"),
+        ("jpeg", augment.jpeg_share, augment.jpeg_quality, (1, 100), "quality"),
+        ("rescale", augment.rescale_share, augment.rescale_factor, (SMALLEST_FACTOR, math.inf), "factor"),
+        ("noise", augment.noise_share, augment.noise_std, (0, math.inf), "std"),
+    ]
+    rules: list[tuple[str, Any, bool, str]] = []
+    for name, share, (low, high), (least, most), measure in ranges:
+        ordered = least <= low <= high <= most and math.isfinite(high)
+        limits = f"{least:g} to {most:g}" if math.isfinite(most) else f"{least:g} on"
+        rules += [
+            (f"--{name}-share", share, 0 <= share <= 1, "[0, 1]"),
+            (f"--{name}-{measure}", f"{low} {high}", ordered, f"two values from {limits}, the smaller first"),
+        ]
+    return rules
 
 
 def _merged(defaults: dict[str, Any], values: object) -> object:

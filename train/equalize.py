@@ -85,8 +85,8 @@ def equalized_jpeg(rgb: NDArray[np.uint8], config: EqualizeConfig, *, key: str, 
     rng = np.random.default_rng(int(key, 16))
     whole, final = (int(q) for q in rng.integers(config.quality[0], config.quality[1] + 1, size=2))
     rows, columns = (_middle(side, config.size) for side in rgb.shape[:2])
-    blocks = _jpeg(rgb[rows.outer, columns.outer], whole)
-    return _jpeg(_pixels(blocks)[rows.inner, columns.inner], final)
+    blocks = jpeg_bytes(rgb[rows.outer, columns.outer], whole)
+    return jpeg_bytes(jpeg_pixels(blocks)[rows.inner, columns.inner], final)
 
 
 class _Middle(NamedTuple):
@@ -103,12 +103,14 @@ def _middle(side: int, size: int) -> _Middle:
     return _Middle(slice(first, stop), slice(start - first, start - first + size))
 
 
-def _jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
+def jpeg_bytes(rgb: NDArray[np.uint8], quality: int) -> bytes:
+    """JPEG file of (h, w, 3) pixels with 4:2:0 chroma, quality from 1 to 100."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(rgb)).save(buffer, "JPEG", quality=quality, subsampling=SUBSAMPLING)
     return buffer.getvalue()
 
 
-def _pixels(data: bytes) -> NDArray[np.uint8]:
+def jpeg_pixels(data: bytes) -> NDArray[np.uint8]:
+    """RGB pixels (h, w, 3) of what `jpeg_bytes` gave."""
     with Image.open(io.BytesIO(data)) as picture:
         return np.asarray(picture.convert("RGB"))
