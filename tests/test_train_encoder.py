@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from skimage import data as photographs
 
 from runtime.preprocess import PreprocessSpec, prepare
-from train.encoder import PACKAGE_ENCODER, Encoder, load_encoder, load_exactly, read_state
+from train.encoder import PACKAGE_ENCODER, Encoder, load_encoder, load_exactly, read_state, spatial_statistics
 from train.encoder import _package_weights as package_weights
 from train.errors import CheckpointError, ConfigError
 from train.model import PixelNormalizer
@@ -55,6 +55,43 @@ def test_every_kind_of_encoder_gives_one_row_per_cell(name):
     assert output.cells.ndim == 4
     assert output.cells.shape[0] == 2
     assert output.cells.shape[3] == encoder.width
+
+
+def test_spatial_statistics_are_mean_and_standard_deviation_over_cells():
+    values = torch.tensor([[[[0.0, 4.0], [4.0, 0.0]], [[3.0, 3.0], [3.0, 3.0]]]])
+    # The variance of a constant map is held at 1e-6.
+    torch.testing.assert_close(spatial_statistics(values), torch.tensor([[2.0, 3.0, 2.0, 1e-3]]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_vit"])
+def test_depths_append_statistics_and_leave_the_rest_as_it_was(name):
+    torch.manual_seed(1)
+    plain, deep = Encoder(name).eval(), Encoder(name, depths=(1, 3)).eval()
+    load_exactly(deep.net, plain.net.state_dict(), source="plain")
+    pixels = torch.randn(2, 3, *plain.input_size)
+    own = plain.width
+    with torch.inference_mode():
+        before, after = plain(pixels), deep(pixels)
+        maps = plain.net.forward_intermediates(pixels, indices=[1, 3], output_fmt="NCHW", intermediates_only=True)
+        torch.testing.assert_close(deep.embed(pixels), after.pooled)
+    assert deep.width == after.pooled.shape[1] == after.cells.shape[3]
+    torch.testing.assert_close(after.pooled[:, :own], before.pooled)
+    torch.testing.assert_close(after.cells[..., :own], before.cells)
+    torch.testing.assert_close(after.pooled[:, own:], torch.cat([spatial_statistics(m) for m in maps], dim=1))
+    # Means of cells average to the mean of the picture, and its standard deviation stands in each cell.
+    torch.testing.assert_close(after.cells.mean((1, 2))[:, own:], after.pooled[:, own:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depths", [(5,), (3, 1), (1, 1), (-1,)])
+def test_depths_that_are_not_there_are_refused(depths):
+    with pytest.raises(ConfigError, match=r"--encoder-depths: got .*, wanted rising numbers from 0 to 4"):
+        Encoder("test_resnet", depths=depths)
+
+
+def test_depth_whose_map_does_not_fit_the_last_one_is_refused():
+    encoder = Encoder("legacy_xception", depths=(2,)).eval()
+    with pytest.raises(ConfigError, match="got a map of 37 x 37 cells, wanted a multiple of the last one, 10 x 10"):
+        encoder(torch.zeros(1, 3, 299, 299))
 
 
 def test_unknown_name_lists_near_ones():

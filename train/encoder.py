@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -54,12 +56,15 @@ class Encoder(nn.Module):
 
     Args:
         name: timm model name, for example "resnet50".
+        depths: stages of a convolutional network, or blocks of a ViT, whose spatial statistics join the embedding,
+            counted from 0; rising. Traces of synthesis are low-level, and the last map has lost much of them.
 
     Raises:
-        ConfigError: timm does not know the name, or its feature map is not (N, d, h, w) or (N, tokens, d).
+        ConfigError: timm does not know the name, its feature map is not (N, d, h, w) or (N, tokens, d), or it has
+            no such depth.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, depths: Sequence[int] = ()) -> None:
         super().__init__()
         if not timm.is_model(name):
             close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
@@ -74,49 +79,108 @@ class Encoder(nn.Module):
                 remedy="choose a convolutional network or a plain ViT",
             )
         cfg = self.net.pretrained_cfg
-        self.width = int(self.net.num_features)
+        self.depths = list(depths)
+        widths = _widths(self.net, self.depths)
+        # The pooled output, then mean and standard deviation of each depth.
+        self.width = int(self.net.num_features) + 2 * sum(widths)
         self.input_size: tuple[int, int] = tuple(cfg["input_size"][1:])
         self.mean: tuple[float, float, float] = tuple(float(v) for v in cfg["mean"])
         self.std: tuple[float, float, float] = tuple(float(v) for v in cfg["std"])
         self.fixed_input_size = bool(cfg.get("fixed_input_size", False))
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Pooled embedding e = E(x), (N, d), of normalised pixels (N, 3, H, W)."""
-        return self.net.forward_head(self.net.forward_features(pixels), pre_logits=True)
+        """Embedding e = E(x), (N, d), of normalised pixels (N, 3, H, W)."""
+        features, maps = self._features(pixels)
+        return self._pooled(features, [spatial_statistics(values) for values in maps])
 
     def forward(self, pixels: Tensor) -> EncoderOutput:
-        """Pooled embedding and one embedding for each cell of the map, of normalised pixels (N, 3, H, W)."""
-        features = self.net.forward_features(pixels)
-        pooled = self.net.forward_head(features, pre_logits=True)
+        """Embedding, and one embedding for each cell of the last map, of normalised pixels (N, 3, H, W)."""
+        features, maps = self._features(pixels)
+        statistics = [spatial_statistics(values) for values in maps]
         cells = self._token_cells(features) if features.ndim == 3 else self._map_cells(features)
-        return EncoderOutput(pooled, cells)
+        if maps:
+            parts = [_local_statistics(values, each, cells.shape[1:3]) for values, each in zip(maps, statistics)]
+            cells = torch.cat((cells, *parts), dim=-1)
+        return EncoderOutput(self._pooled(features, statistics), cells)
+
+    def _features(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The last map or tokens, and the maps (N, c, h, w) of the depths."""
+        if not self.depths:
+            return self.net.forward_features(pixels), []
+        features, maps = self.net.forward_intermediates(pixels, indices=self.depths, output_fmt="NCHW")
+        return features, maps
+
+    def _pooled(self, features: Tensor, statistics: list[Tensor]) -> Tensor:
+        return torch.cat((self.net.forward_head(features, pre_logits=True), *statistics), dim=1)
 
     def _map_cells(self, features: Tensor) -> Tensor:
         _, d, h, w = features.shape
         single = features.permute(0, 2, 3, 1).reshape(-1, d, 1, 1)
-        return self.net.forward_head(single, pre_logits=True).reshape(-1, h, w, self.width)
+        return self.net.forward_head(single, pre_logits=True).reshape(-1, h, w, self.net.num_features)
 
     def _token_cells(self, features: Tensor) -> Tensor:
         prefix = self.net.num_prefix_tokens
         h, w = self.net.patch_embed.grid_size
         # The cell stands in for the class token and for the only patch, so either way of pooling returns it.
         single = features[:, prefix:].reshape(-1, 1, features.shape[2]).expand(-1, prefix + 1, -1)
-        return self.net.forward_head(single, pre_logits=True).reshape(-1, h, w, self.width)
+        return self.net.forward_head(single, pre_logits=True).reshape(-1, h, w, self.net.num_features)
 
 
-def load_encoder(name: str, weights: str) -> Encoder:
+def spatial_statistics(values: Tensor) -> Tensor:
+    """Mean and standard deviation over the cells of a map (N, c, h, w), side by side, (N, 2 c) float32."""
+    rows = values.float().flatten(2)
+    mean = rows.mean(2)
+    variance = (rows - mean[..., None]).square().mean(2)
+    # A map of one cell has no spread, and the square root no gradient at 0.
+    return torch.cat((mean, (variance + 1e-6).sqrt()), dim=1)
+
+
+def _local_statistics(values: Tensor, statistics: Tensor, grid: Sequence[int]) -> Tensor:
+    """What stands in for a map's statistics in each cell of a coarser grid (h, w): (N, h, w, 2 c).
+
+    The mean is that of the cell, the standard deviation that of the whole map: few values have no spread of their own.
+    """
+    (height, width), (rows, columns) = values.shape[2:], grid
+    if height % rows or width % columns:
+        raise ConfigError(
+            "--encoder-depths",
+            got=f"a map of {height} x {width} cells",
+            wanted=f"a multiple of the last one, {rows} x {columns}",
+            remedy="leave this depth out, or choose another encoder",
+        )
+    means = F.avg_pool2d(values.float(), (height // rows, width // columns)).permute(0, 2, 3, 1)
+    spread = statistics[:, None, None, values.shape[1] :].expand(-1, rows, columns, -1)
+    return torch.cat((means, spread), dim=-1)
+
+
+def _widths(net: nn.Module, depths: Sequence[int]) -> list[int]:
+    """Channels of the maps at these depths."""
+    info = list(getattr(net, "feature_info", ()))
+    known = len(info) if hasattr(net, "forward_intermediates") else 0
+    if any(depth not in range(known) for depth in depths) or sorted(set(depths)) != list(depths):
+        raise ConfigError(
+            "--encoder-depths",
+            got=" ".join(map(str, depths)),
+            wanted=f"rising numbers from 0 to {known - 1}" if known else "none: this encoder does not give its maps",
+            remedy="change this option",
+        )
+    return [int(info[depth]["num_chs"]) for depth in depths]
+
+
+def load_encoder(name: str, weights: str, *, depths: Sequence[int] = ()) -> Encoder:
     """Encoder with its weights.
 
     Args:
         name: timm model name.
         weights: a `.safetensors` file or a state dictionary saved by torch; "package" for the ImageNet weights of
             tf_efficientnet_lite0 that come with the `train` extra; "none" for random weights.
+        depths: as for `Encoder`.
 
     Raises:
         ConfigError: the name is unknown, or no weights were named.
         CheckpointError: the file is missing, unreadable, or does not fit in every key and shape.
     """
-    encoder = Encoder(name)
+    encoder = Encoder(name, depths=depths)
     if weights == NO_WEIGHTS:
         return encoder
     if weights == PACKAGE_WEIGHTS:
