@@ -63,7 +63,7 @@ def test_spatial_statistics_are_mean_and_standard_deviation_over_cells():
     torch.testing.assert_close(spatial_statistics(values), torch.tensor([[2.0, 3.0, 2.0, 1e-3]]), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_vit"])
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
 def test_depths_append_statistics_and_leave_the_rest_as_it_was(name):
     torch.manual_seed(1)
     plain, deep = Encoder(name).eval(), Encoder(name, depths=(1, 3)).eval()
@@ -80,6 +80,24 @@ def test_depths_append_statistics_and_leave_the_rest_as_it_was(name):
     torch.testing.assert_close(after.pooled[:, own:], torch.cat([spatial_statistics(m) for m in maps], dim=1))
     # Means of cells average to the mean of the picture, and its standard deviation stands in each cell.
     torch.testing.assert_close(after.cells.mean((1, 2))[:, own:], after.pooled[:, own:], rtol=1e-4, atol=1e-5)
+
+
+def test_depths_of_a_vit_append_its_class_tokens():
+    torch.manual_seed(1)
+    plain, deep = Encoder("test_vit").eval(), Encoder("test_vit", depths=(1, 3)).eval()
+    load_exactly(deep.net, plain.net.state_dict(), source="plain")
+    pixels = torch.randn(2, 3, *plain.input_size)
+    with torch.inference_mode():
+        before, after = plain(pixels), deep(pixels)
+        tokens = plain.net.patch_embed(pixels)
+        tokens = plain.net.norm_pre(plain.net._pos_embed(tokens))
+        found = []
+        for block in plain.net.blocks[:4]:
+            tokens = block(tokens)
+            found.append(tokens)
+    torch.testing.assert_close(after.pooled, torch.cat((before.pooled, found[1][:, 0], found[3][:, 0]), dim=1))
+    torch.testing.assert_close(after.cells[..., -64:].flatten(1, 2), found[3][:, 1:])
+    assert deep.width == after.cells.shape[3] == before.pooled.shape[1] + 2 * 64
 
 
 @pytest.mark.parametrize("depths", [(5,), (3, 1), (1, 1), (-1,)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,13 +52,52 @@ class EncoderOutput(NamedTuple):
     cells: Tensor  # (N, h, w, d), each cell of the last map taken through the encoder's own pooling head
 
 
+@dataclass(frozen=True)
+class DepthOutput:
+    """What one depth adds to the embedding.
+
+    Attributes:
+        pooled: (N, c) class tokens, or (N, 2 c) spatial statistics.
+        values: (N, c, h, w) map.
+        spread: whether `pooled` are spatial statistics.
+    """
+
+    pooled: Tensor
+    values: Tensor
+    spread: bool
+
+    def on_grid(self, grid: Sequence[int]) -> Tensor:
+        """What stands in for `pooled` in each cell of a coarser grid (h, w), (N, h, w, c or 2 c).
+
+        A cell stands in for the class token, or for the mean; the standard deviation stays that of the whole map,
+        since few values have no spread of their own.
+
+        Raises:
+            ConfigError: the grid does not divide the map.
+        """
+        (height, width), (rows, columns) = self.values.shape[2:], grid
+        if height % rows or width % columns:
+            raise ConfigError(
+                "--encoder-depths",
+                got=f"a map of {height} x {width} cells",
+                wanted=f"a multiple of the last one, {rows} x {columns}",
+                remedy="leave this depth out, or choose another encoder",
+            )
+        cells = F.avg_pool2d(self.values, (height // rows, width // columns)).permute(0, 2, 3, 1)
+        if not self.spread:
+            return cells
+        spread = self.pooled[:, None, None, self.values.shape[1] :].expand(-1, rows, columns, -1)
+        return torch.cat((cells, spread), dim=-1)
+
+
 class Encoder(nn.Module):
     """A timm network without its classifier.
 
     Args:
         name: timm model name, for example "resnet50".
-        depths: stages of a convolutional network, or blocks of a ViT, whose spatial statistics join the embedding,
-            counted from 0; rising. Traces of synthesis are low-level, and the last map has lost much of them.
+        depths: stages of a convolutional network, or blocks of a ViT, that join the embedding, counted from 0; rising:
+            class tokens of a ViT that has them, spatial statistics of the map otherwise. Traces of synthesis are
+            low-level, and the last map has lost much of them.
 
     Raises:
         ConfigError: timm does not know the name, its feature map is not (N, d, h, w) or (N, tokens, d), or it has
@@ -80,9 +120,9 @@ class Encoder(nn.Module):
             )
         cfg = self.net.pretrained_cfg
         self.depths = list(depths)
-        widths = _widths(self.net, self.depths)
-        # The pooled output, then mean and standard deviation of each depth.
-        self.width = int(self.net.num_features) + 2 * sum(widths)
+        self._class_tokens = bool(self.depths) and getattr(self.net, "num_prefix_tokens", 0) > 0
+        # The pooled output, then what each depth adds.
+        self.width = int(self.net.num_features) + sum(_widths(self.net, self.depths)) * (1 if self._class_tokens else 2)
         self.input_size: tuple[int, int] = tuple(cfg["input_size"][1:])
         self.mean: tuple[float, float, float] = tuple(float(v) for v in cfg["mean"])
         self.std: tuple[float, float, float] = tuple(float(v) for v in cfg["std"])
@@ -91,27 +131,29 @@ class Encoder(nn.Module):
     def embed(self, pixels: Tensor) -> Tensor:
         """Embedding e = E(x), (N, d), of normalised pixels (N, 3, H, W)."""
         features, maps = self._features(pixels)
-        return self._pooled(features, [spatial_statistics(values) for values in maps])
+        return self._pooled(features, [part.pooled for part in maps])
 
     def forward(self, pixels: Tensor) -> EncoderOutput:
         """Embedding, and one embedding for each cell of the last map, of normalised pixels (N, 3, H, W)."""
         features, maps = self._features(pixels)
-        statistics = [spatial_statistics(values) for values in maps]
         cells = self._token_cells(features) if features.ndim == 3 else self._map_cells(features)
-        if maps:
-            parts = [_local_statistics(values, each, cells.shape[1:3]) for values, each in zip(maps, statistics)]
-            cells = torch.cat((cells, *parts), dim=-1)
-        return EncoderOutput(self._pooled(features, statistics), cells)
+        parts = [part.on_grid(cells.shape[1:3]) for part in maps]
+        return EncoderOutput(self._pooled(features, [part.pooled for part in maps]), torch.cat((cells, *parts), dim=-1))
 
-    def _features(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The last map or tokens, and the maps (N, c, h, w) of the depths."""
+    def _features(self, pixels: Tensor) -> tuple[Tensor, list[DepthOutput]]:
+        """The last map or tokens, and what the depths add."""
         if not self.depths:
             return self.net.forward_features(pixels), []
-        features, maps = self.net.forward_intermediates(pixels, indices=self.depths, output_fmt="NCHW")
-        return features, maps
+        if not self._class_tokens:
+            features, maps = self.net.forward_intermediates(pixels, indices=self.depths, output_fmt="NCHW")
+            return features, [DepthOutput(spatial_statistics(values), values, spread=True) for values in maps]
+        features, maps = self.net.forward_intermediates(
+            pixels, indices=self.depths, output_fmt="NCHW", return_prefix_tokens=True
+        )
+        return features, [DepthOutput(tokens[:, 0], values, spread=False) for values, tokens in maps]
 
-    def _pooled(self, features: Tensor, statistics: list[Tensor]) -> Tensor:
-        return torch.cat((self.net.forward_head(features, pre_logits=True), *statistics), dim=1)
+    def _pooled(self, features: Tensor, depths: list[Tensor]) -> Tensor:
+        return torch.cat((self.net.forward_head(features, pre_logits=True), *depths), dim=1)
 
     def _map_cells(self, features: Tensor) -> Tensor:
         _, d, h, w = features.shape
@@ -127,30 +169,12 @@ class Encoder(nn.Module):
 
 
 def spatial_statistics(values: Tensor) -> Tensor:
-    """Mean and standard deviation over the cells of a map (N, c, h, w), side by side, (N, 2 c) float32."""
-    rows = values.float().flatten(2)
+    """Mean and standard deviation over the cells of a map (N, c, h, w), side by side, (N, 2 c)."""
+    rows = values.flatten(2)
     mean = rows.mean(2)
     variance = (rows - mean[..., None]).square().mean(2)
     # A map of one cell has no spread, and the square root no gradient at 0.
     return torch.cat((mean, (variance + 1e-6).sqrt()), dim=1)
-
-
-def _local_statistics(values: Tensor, statistics: Tensor, grid: Sequence[int]) -> Tensor:
-    """What stands in for a map's statistics in each cell of a coarser grid (h, w): (N, h, w, 2 c).
-
-    The mean is that of the cell, the standard deviation that of the whole map: few values have no spread of their own.
-    """
-    (height, width), (rows, columns) = values.shape[2:], grid
-    if height % rows or width % columns:
-        raise ConfigError(
-            "--encoder-depths",
-            got=f"a map of {height} x {width} cells",
-            wanted=f"a multiple of the last one, {rows} x {columns}",
-            remedy="leave this depth out, or choose another encoder",
-        )
-    means = F.avg_pool2d(values.float(), (height // rows, width // columns)).permute(0, 2, 3, 1)
-    spread = statistics[:, None, None, values.shape[1] :].expand(-1, rows, columns, -1)
-    return torch.cat((means, spread), dim=-1)
 
 
 def _widths(net: nn.Module, depths: Sequence[int]) -> list[int]:
