@@ -264,8 +264,16 @@ def test_bad_csv_rows_are_named_by_line(tmp_path: Path, text: str, message: str)
 
 def test_csv_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_bytes(b"path,label\n\xff\xfe,0\n")
-    with pytest.raises(DataError, match="text that is not CSV"):
+    with pytest.raises(DataError, match=r"got a list that cannot be read .*wanted UTF-8 CSV"):
         scan_pictures(tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".tar"])
+def test_file_that_gives_an_error_when_it_is_read_is_refused(tmp_path: Path, suffix: str) -> None:
+    source = tmp_path / f"list{suffix}"
+    source.symlink_to("/proc/self/mem")  # opens, and then fails as a broken disk does
+    with pytest.raises(DataError, match=rf"list\{suffix}: got a \w+ that cannot be read .*Input/output error"):
+        scan_pictures(source)
 
 
 def test_description_counts_by_split_and_generator(tmp_path: Path) -> None:

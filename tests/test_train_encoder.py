@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -21,7 +23,7 @@ CATS, ESPRESSO = {281, 282, 285}, 967
 
 def test_packaged_weights_recognise_a_cat_and_a_coffee():
     net = timm.create_model(PACKAGE_ENCODER, num_classes=1000).eval()
-    path, state = package_weights(PACKAGE_ENCODER)
+    path, state = package_weights()
     load_exactly(net, state, source=path)
     encoder = Encoder(PACKAGE_ENCODER)
     spec = PreprocessSpec()
@@ -112,6 +114,32 @@ def test_depth_whose_map_does_not_fit_the_last_one_is_refused():
         encoder(torch.zeros(1, 3, 299, 299))
 
 
+# Columns of the last map of 96 pixels; the stem of a ResNet halves twice, that of an EfficientNet once.
+@pytest.mark.parametrize(
+    ("name", "columns", "fine"), [("test_resnet", 3, 12), ("test_efficientnet", 3, 6), (PACKAGE_ENCODER, 3, 6)]
+)
+def test_stem_without_downsampling_has_the_same_weights_and_a_finer_map(name, columns, fine):
+    plain, finer = Encoder(name).eval(), Encoder(name, early_downsampling=False).eval()
+    load_exactly(finer, plain.state_dict(), source=Path("plain"))
+    pixels = torch.randn(1, 3, 96, 96, generator=torch.manual_seed(0))
+    with torch.inference_mode():
+        assert plain(pixels).cells.shape[1:3] == (columns, columns)
+        assert finer(pixels).cells.shape[1:3] == (fine, fine)
+
+
+def test_resnet50_without_downsampling_is_the_published_network():
+    net = Encoder("resnet50", early_downsampling=False).net
+    assert (net.conv1.kernel_size, net.conv1.stride, net.conv1.padding) == ((7, 7), (1, 1), (3, 3))
+    assert (net.maxpool.kernel_size, net.maxpool.stride, net.maxpool.padding) == (3, 1, 1)
+    assert net.layer2[0].conv2.stride == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_encoder_without_such_a_stem_is_refused(name):
+    with pytest.raises(ConfigError, match=f"--no-early-downsampling: got --encoder {name}, wanted an encoder with a "):
+        Encoder(name, early_downsampling=False)
+
+
 def test_unknown_name_lists_near_ones():
     with pytest.raises(ConfigError, match="got 'resnet5', wanted a timm model name: near matches"):
         Encoder("resnet5")
@@ -155,7 +183,7 @@ def test_file_that_does_not_fit_is_refused(tmp_path, change, message):
 
 
 def test_no_weights_at_all_must_be_said():
-    with pytest.raises(ConfigError, match="wanted a weight file, 'package' or 'none'"):
+    with pytest.raises(ConfigError, match=r"weights of resnet50, or 'none' .*--encoder-weights resnet50.safetensors"):
         load_encoder("resnet50", "")
 
 

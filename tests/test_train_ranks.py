@@ -161,6 +161,15 @@ def test_two_processes_share_one_cache_and_train_what_one_trains(data, tmp_path,
     assert len(list((run / "cache").iterdir())) == 1
 
 
+@pytest.mark.slow
+def test_two_processes_keep_the_neighbours_that_one_keeps(data, tmp_path):
+    config = config_of(data, method="nearest")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, classifier_input="encoder"))
+    (tmp_path / "one").mkdir()
+    train(config, tmp_path / "one")
+    assert difference(train_with_processes(config, tmp_path), tmp_path / "one") <= SAME
+
+
 def test_parts_of_a_batch_are_the_batch_in_its_order():
     plan = ViewPlan(0, 1, (8, 8), (8, 8), config_of("x").augment)
     whole = list(EpochBatches(7, 3, plan, 0))

@@ -174,7 +174,7 @@ def test_full_disk_stops_the_run_with_the_last_checkpoint_whole(
         assert main(["--config", str(tmp_path / "start.json"), "--out", str(run)]) == 2
     told = capsys.readouterr().err
     assert "state.pt: got No space left on device, wanted room for" in told
-    assert "go on with --resume" in told
+    assert "goes on with --resume" in told
     assert not list(run.glob(".*.tmp"))
     assert (run / "state.pt").exists() == (step > 0)
     assert main(["--resume", str(run)]) == 0

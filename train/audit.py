@@ -97,8 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, text.encode())
-    except (NTFError, OSError) as error:
+    except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}: correct it and start again", file=sys.stderr)
         return 2
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:

@@ -3,7 +3,7 @@
     config.json          resolved configuration, data hashes, versions, commit
     stage1.safetensors   encoder and both trace heads
     stage2.safetensors   the detector, with the mean natural trace
-    state.pt             optimiser, random numbers and position, for `--resume`
+    state.pt             optimiser, random numbers and position, for `--resume`; --method nearest has none
     calibration.json     temperature, bias and thresholds fitted on the validation pictures
     history.jsonl        one line for each epoch
     report/              what `train.evaluate` writes
@@ -24,14 +24,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from runtime.manifest import CalibrationSpec
-from runtime.strict_json import canonical_json, from_jsonable, to_jsonable
+from runtime.strict_json import canonical_json, from_jsonable, parse_json, to_jsonable
 from train.config import RunConfig, config_from_file
 from train.encoder import Encoder, load_exactly, read_state
 from train.errors import CheckpointError
-from train.model import NTFDetector, freeze_natural_traces
+from train.methods import METHODS
+from train.model import NearestNeighbours, NTFDetector, freeze_natural_traces
 
 CONFIG_FILE = "config.json"
 STAGE1_FILE = "stage1.safetensors"
@@ -74,7 +75,8 @@ def _unwritable(path: Path, error: OSError, size_bytes: int) -> CheckpointError:
         str(path),
         got=error.strerror or str(error),
         wanted=f"room for {size_bytes:,} bytes",
-        remedy="free some space and go on with --resume; what stood there before is whole",
+        remedy="free some space and start the command again; training goes on with --resume, since what stood there "
+        "before is whole",
     )
 
 
@@ -145,7 +147,8 @@ def load_calibration(run: Path) -> CalibrationSpec:
         BundleError: the file is damaged.
     """
     path = require_run_file(run, CALIBRATION_FILE)
-    return from_jsonable(CalibrationSpec, json.loads(path.read_text(encoding="utf-8")), subject=str(path))
+    content = parse_json(path.read_text(encoding="utf-8", errors="replace"), subject=str(path))
+    return from_jsonable(CalibrationSpec, content, subject=str(path))
 
 
 def load_config(run: Path) -> RunConfig:
@@ -164,11 +167,21 @@ def load_detector(run: Path) -> NTFDetector:
     Raises:
         CheckpointError: the run is not finished, or its weights do not fit its configuration.
     """
-    model = load_config(run).model
+    config = load_config(run)
+    model = config.model
     path = require_run_file(run, STAGE2_FILE)
-    detector = NTFDetector(Encoder(model.encoder), model.embedding_dim, model.classifier_input)
-    load_exactly(detector, read_state(path), source=path)
+    state = read_state(path)
+    encoder = Encoder(model.encoder, **model.encoder_options())
+    classifier = _room_for_neighbours(config, state) if METHODS[config.method].neighbours else None
+    detector = NTFDetector(encoder, model.embedding_dim, model.classifier_input, classifier)
+    load_exactly(detector, state, source=path)
     return freeze_natural_traces(detector).eval()
+
+
+def _room_for_neighbours(config: RunConfig, state: Mapping[str, Tensor]) -> NearestNeighbours:
+    """A bank of the size that is stored; where none is stored, `load_exactly` will say so."""
+    real, fake = (torch.zeros_like(state.get(f"classifier.{name}", torch.empty(0))) for name in ("real", "fake"))
+    return NearestNeighbours(real, fake, config.nearest.nearest_k)
 
 
 def newest_run(root: Path = Path("runs")) -> Path:

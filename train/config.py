@@ -22,11 +22,11 @@ from train.encoder import PACKAGE_ENCODER, PACKAGE_WEIGHTS
 from train.equalize import EqualizeConfig, check_equalize
 from train.errors import ConfigError
 from train.losses import HomReduction, Orthogonality
+from train.methods import METHODS, Method, with_method
 from train.model import ClassifierInput
 from train.pictures import CorruptPolicy
 
 Preset = Literal["demo", "paper"]
-Method = Literal["ntf", "bce", "probe"]
 DEMO_DATA = "demo"
 # Below this, hardly a pixel of a picture is left.
 SMALLEST_FACTOR = 0.01
@@ -44,6 +44,16 @@ class ModelConfig:
     """C, width of the projected rows."""
     classifier_input: ClassifierInput = "projection"
     """What the classifier reads: z, the encoder's embedding, or both."""
+    early_downsampling: bool = True
+    """False: stride 1 in the first convolution and its max-pool, where a ResNet or an EfficientNet has 2. The weights
+    are the same; a ResNet then does 16 times the work."""
+    encoder_depths: tuple[int, ...] = ()
+    """Stages of a convolutional network, or blocks of a ViT, counted from 0, that join the embedding: class tokens of a
+    ViT, mean and standard deviation of a map. Traces of synthesis are low-level."""
+
+    def encoder_options(self) -> dict[str, Any]:
+        """Keyword arguments of `train.encoder.Encoder`: what makes the timm network another encoder."""
+        return {"early_downsampling": self.early_downsampling, "depths": self.encoder_depths}
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,16 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
+class NearestConfig:
+    """The neighbours of --method nearest."""
+
+    nearest_k: int = 1
+    """Nearest pictures of each class whose mean cosine counts."""
+    nearest_bank: int = 10_000
+    """Most training pictures of each class to keep as neighbours, drawn by the seed; 0 keeps all."""
+
+
+@dataclass(frozen=True)
 class AdaptConfig:
     """A finished run that goes on with a user's own real pictures."""
 
@@ -187,7 +207,9 @@ class RunConfig:
     preset: Annotated[Preset, tyro.conf.Suppress] = "paper"
     method: Method = "ntf"
     """ntf: both stages of the paper; bce: the whole network with cross entropy; probe: a linear layer on the frozen
-    encoder. The last two have no stage 1 and read the encoder alone."""
+    encoder; nearest: nearest neighbours on the frozen encoder. wang2020, gragnaniello2021 and xception are bce with
+    the encoder and augmentation of their papers as starting values, which options beside --method replace. All but
+    ntf have no stage 1 and read the encoder alone."""
     data: str = ""
     """Folder, tar shards, CSV or JSON list with a train and a val split; "demo" builds the demo data in data/demo."""
     corrupt: CorruptPolicy = "refuse"
@@ -198,6 +220,7 @@ class RunConfig:
     augment: Annotated[AugmentConfig, tyro.conf.arg(name="")] = field(default_factory=AugmentConfig)
     decision: Annotated[DecisionConfig, tyro.conf.arg(name="")] = field(default_factory=DecisionConfig)
     compute: Annotated[ComputeConfig, tyro.conf.arg(name="")] = field(default_factory=ComputeConfig)
+    nearest: Annotated[NearestConfig, tyro.conf.arg(name="")] = field(default_factory=NearestConfig)
     adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = field(default_factory=AdaptConfig)
     cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
@@ -231,13 +254,17 @@ def config_from_dict(values: object, *, source: str) -> RunConfig:
     """Configuration from plain JSON types.
 
     Args:
-        values: as `dataclasses.asdict` makes it; fields left out are the paper preset's.
+        values: as `dataclasses.asdict` makes it; fields left out are those of the paper preset with its method.
         source: named in errors.
 
     Raises:
         ConfigError: an unknown field, or a value of the wrong type.
     """
-    complete = _merged(dataclasses.asdict(preset_config("paper")), values)
+    base = preset_config("paper")
+    method = values.get("method") if isinstance(values, dict) else None
+    if method in METHODS:
+        base = with_method(base, method)
+    complete = _merged(dataclasses.asdict(base), values)
     try:
         # Through JSON, which knows no tuples.
         return from_jsonable(RunConfig, json.loads(json.dumps(complete)), subject=source)
@@ -285,6 +312,13 @@ def check_config(config: RunConfig) -> None:
         ("--seed", config.seed, config.seed >= 0, "0 or more"),
         ("--checkpoint-steps", config.checkpoint_steps, config.checkpoint_steps >= 0, "0 or more"),
         ("--cached-views", config.cache.cached_views, config.cache.cached_views >= 0, "0 or more"),
+        ("--nearest-k", config.nearest.nearest_k, config.nearest.nearest_k >= 1, "1 or more"),
+        (
+            "--nearest-bank",
+            config.nearest.nearest_bank,
+            config.nearest.nearest_bank == 0 or config.nearest.nearest_bank >= config.nearest.nearest_k,
+            f"0, or at least --nearest-k {config.nearest.nearest_k}",
+        ),
         ("--stage2.scl-crop", config.stage2.scl_crop, config.stage2.scl_crop > 0, positive),
         (
             "--real-flagged-rate",

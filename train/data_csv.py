@@ -111,12 +111,12 @@ def _cells(table: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str
                     problem = f"line {reader.line_num}: {len(row)} fields under {len(header)} columns"
                     _raise_for(table, [problem], "as many fields as columns")
                 yield reader.line_num, {n: c.strip() for n, c in zip(header, row, strict=True)}
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             str(table),
-            got=f"text that is not CSV ({error})",
+            got=f"a list that cannot be read ({error})",
             wanted="UTF-8 CSV",
-            remedy="save it again as UTF-8 CSV",
+            remedy="save it again as UTF-8 CSV, where this user may read it",
         ) from error
 
 

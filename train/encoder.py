@@ -27,6 +27,9 @@ PACKAGE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 NO_WEIGHTS = "none"
 PACKAGE_WEIGHTS = "package"
 
+# What timm calls the parts in front of the first stage, in a ResNet and in an EfficientNet.
+STEM = ("conv1", "conv_stem", "maxpool")
+
 _LITE0_STEM = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
@@ -95,20 +98,19 @@ class Encoder(nn.Module):
 
     Args:
         name: timm model name, for example "resnet50".
+        early_downsampling: as timm has it; False sets the strides of the stem to 1.
         depths: stages of a convolutional network, or blocks of a ViT, that join the embedding, counted from 0; rising:
             class tokens of a ViT that has them, spatial statistics of the map otherwise. Traces of synthesis are
             low-level, and the last map has lost much of them.
 
     Raises:
-        ConfigError: timm does not know the name, its feature map is not (N, d, h, w) or (N, tokens, d), or it has
-            no such depth.
+        ConfigError: timm does not know the name, its feature map is not (N, d, h, w) or (N, tokens, d), or there is
+            no such depth, or no stem whose strides could be set.
     """
 
-    def __init__(self, name: str, *, depths: Sequence[int] = ()) -> None:
+    def __init__(self, name: str, *, early_downsampling: bool = True, depths: Sequence[int] = ()) -> None:
         super().__init__()
-        if not timm.is_model(name):
-            close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
-            raise ConfigError("--encoder", got=repr(name), wanted="a timm model name", remedy=f"near matches: {close}")
+        _require_model(name)
         self.name = name
         self.net = timm.create_model(name, pretrained=False, num_classes=0)
         if getattr(self.net, "output_fmt", "NCHW") == "NHWC":
@@ -118,6 +120,8 @@ class Encoder(nn.Module):
                 wanted="(N, d, h, w) or (N, tokens, d)",
                 remedy="choose a convolutional network or a plain ViT",
             )
+        if not early_downsampling:
+            _set_stem_strides_to_1(self.net, name)
         cfg = self.net.pretrained_cfg
         self.depths = list(depths)
         self._class_tokens = bool(self.depths) and getattr(self.net, "num_prefix_tokens", 0) > 0
@@ -168,6 +172,28 @@ class Encoder(nn.Module):
         return self.net.forward_head(single, pre_logits=True).reshape(-1, h, w, self.net.num_features)
 
 
+def _require_model(name: str) -> None:
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
+        raise ConfigError("--encoder", got=repr(name), wanted="a timm model name", remedy=f"near matches: {close}")
+
+
+def _set_stem_strides_to_1(net: nn.Module, name: str) -> None:
+    """No down-sampling in front of the first stage, as Gragnaniello et al. 2021 (arXiv:2104.02617) and their published
+    network have it: convolution and max-pool of the stem have stride 1. Weights keep their shapes."""
+    stem = [getattr(net, part) for part in STEM if hasattr(net, part)]
+    strided = [m for part in stem for m in part.modules() if getattr(m, "stride", 1) not in (1, (1, 1))]
+    if not strided:
+        raise ConfigError(
+            "--no-early-downsampling",
+            got=f"--encoder {name}",
+            wanted="an encoder with a strided first convolution, such as a ResNet or an EfficientNet",
+            remedy="leave it out, or choose another encoder",
+        )
+    for layer in strided:
+        layer.stride = 1 if isinstance(layer, nn.MaxPool2d) else (1, 1)
+
+
 def spatial_statistics(values: Tensor) -> Tensor:
     """Mean and standard deviation over the cells of a map (N, c, h, w), side by side, (N, 2 c)."""
     rows = values.flatten(2)
@@ -191,36 +217,67 @@ def _widths(net: nn.Module, depths: Sequence[int]) -> list[int]:
     return [int(info[depth]["num_chs"]) for depth in depths]
 
 
-def load_encoder(name: str, weights: str, *, depths: Sequence[int] = ()) -> Encoder:
+def load_encoder(name: str, weights: str, *, early_downsampling: bool = True, depths: Sequence[int] = ()) -> Encoder:
     """Encoder with its weights.
 
     Args:
         name: timm model name.
         weights: a `.safetensors` file or a state dictionary saved by torch; "package" for the ImageNet weights of
             tf_efficientnet_lite0 that come with the `train` extra; "none" for random weights.
-        depths: as for `Encoder`.
+        early_downsampling: as in `Encoder`.
+        depths: as in `Encoder`.
 
     Raises:
         ConfigError: the name is unknown, or no weights were named.
         CheckpointError: the file is missing, unreadable, or does not fit in every key and shape.
     """
-    encoder = Encoder(name, depths=depths)
+    check_encoder(name, weights)
+    encoder = Encoder(name, early_downsampling=early_downsampling, depths=depths)
     if weights == NO_WEIGHTS:
         return encoder
     if weights == PACKAGE_WEIGHTS:
-        path, state = _package_weights(name)
-    elif weights:
+        path, state = _package_weights()
+    else:
         path = Path(weights)
         state = read_state(path)
-    else:
+    load_exactly(encoder.net, _without_classifier(encoder, state), source=path)
+    return encoder
+
+
+def check_encoder(name: str, weights: str) -> None:
+    """Refuse what `load_encoder` could not load, as far as it can be told without loading.
+
+    Raises:
+        ConfigError: the name is unknown, no weights were named, or the package has none of this encoder.
+        CheckpointError: there is no such file.
+    """
+    _require_model(name)
+    if not weights:
         raise ConfigError(
             "--encoder-weights",
             got="nothing",
-            wanted="a weight file, 'package' or 'none'",
-            remedy=f"pass pretrained weights of {name}, for example --encoder-weights {name}.safetensors",
+            wanted=f"a file with pretrained weights of {name}, or 'none' for random ones",
+            remedy=f"pass the file, for example --encoder-weights {name}.safetensors",
         )
-    load_exactly(encoder.net, _without_classifier(encoder, state), source=path)
-    return encoder
+    if weights == PACKAGE_WEIGHTS and name != PACKAGE_ENCODER:
+        raise ConfigError(
+            "--encoder-weights package",
+            got=f"--encoder {name}",
+            wanted=f"--encoder {PACKAGE_ENCODER}, the only encoder with weights in a package",
+            remedy="pass a weight file with --encoder-weights",
+        )
+    if weights not in (PACKAGE_WEIGHTS, NO_WEIGHTS):
+        _require_file(Path(weights))
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(
+            str(path),
+            got="no such file",
+            wanted="a weight file",
+            remedy="check the path and the working folder",
+        )
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -229,13 +286,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there is no such file, or it holds something else than named tensors.
     """
-    if not path.is_file():
-        raise CheckpointError(
-            str(path),
-            got="no such file",
-            wanted="a weight file",
-            remedy="check the path and the working folder",
-        )
+    _require_file(path)
     try:
         state = (
             load_file(path)
@@ -290,14 +341,7 @@ def _without_classifier(encoder: Encoder, state: dict[str, Tensor]) -> dict[str,
     return {key: value for key, value in state.items() if key not in dropped or key in kept}
 
 
-def _package_weights(name: str) -> tuple[Path, dict[str, Tensor]]:
-    if name != PACKAGE_ENCODER:
-        raise ConfigError(
-            "--encoder-weights package",
-            got=f"--encoder {name}",
-            wanted=f"--encoder {PACKAGE_ENCODER}, the only encoder with weights in a package",
-            remedy="pass a weight file with --encoder-weights",
-        )
+def _package_weights() -> tuple[Path, dict[str, Tensor]]:
     spec = importlib.util.find_spec(PACKAGE_MODULE)
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(

@@ -74,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}: correct it and start again", file=sys.stderr)
+        return 2
     print(short_table(report))
     return 0
 
@@ -116,6 +119,8 @@ def evaluate_run(
     wanted = None if split == ALL else split
     pictures = checked_split(data, wanted, corrupt=corrupt, equalize=equalize, workers=workers, progress=progress)
     print(pictures.describe(), equalize.describe(), sep="\n", flush=True)
+    folder = out or run / "report"
+    folder.mkdir(parents=True, exist_ok=True)  # before the work, which may take hours
     if scorer is None:
         detector = load_detector(run)
 
@@ -124,7 +129,6 @@ def evaluate_run(
 
     logits = scorer(pictures.records)
     report = evaluation_report(pictures, logits, calibration, run=str(run), data=str(data), split=split, draws=draws)
-    folder = out or run / "report"
     written = list(write_report(report, folder))
     if pictures.corrupt:
         listed = {"counts": corrupt_counts(pictures.corrupt), "pictures": [asdict(p) for p in pictures.corrupt]}

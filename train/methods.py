@@ -6,37 +6,80 @@ All leave the same run folder and go through the same export and runtime. A meth
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from train.config import Method, RunConfig
 from train.errors import ConfigError
+
+if TYPE_CHECKING:  # train.config has a method among its fields
+    from train.config import RunConfig
+
+Method = Literal["ntf", "bce", "probe", "nearest", "wang2020", "gragnaniello2021", "xception"]
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What a method trains.
+    """What a method trains, and what it begins with.
 
     Attributes:
         natural_traces: stage 1, and the contrastive loss with its traces in stage 2; without, cross entropy alone.
         trains_encoder: stage 2 changes the encoder.
+        neighbours: stage 2 trains nothing: it keeps the training pictures' embeddings, which a picture is compared to.
+        model: fields of `ModelConfig` that the method sets.
+        augment: fields of `AugmentConfig` that it sets.
     """
 
-    natural_traces: bool
-    trains_encoder: bool
+    natural_traces: bool = False
+    trains_encoder: bool = False
+    neighbours: bool = False
+    model: Mapping[str, Any] = field(default_factory=dict)
+    augment: Mapping[str, Any] = field(default_factory=dict)
 
+
+# The user names the file of ImageNet weights: no package has them.
+_RESNET50 = {"encoder": "resnet50", "encoder_weights": ""}
+# Each with a probability of 0.5, their "Blur+JPEG (0.5)".
+_WANG2020 = {"blur_share": 0.5, "blur_sigma": (0.0, 3.0), "jpeg_share": 0.5, "jpeg_quality": (30, 100)}
+# They name the kinds of change that they add to it, not how often and how strong: shares and ranges are ours.
+_STRONG = _WANG2020 | {
+    "rescale_share": 0.5,
+    "rescale_factor": (0.5, 1.5),
+    "noise_share": 0.5,
+    "noise_std": (0.0, 10.0),
+    "colour_jitter": 0.2,
+}
 
 METHODS: dict[Method, MethodSpec] = {
-    "ntf": MethodSpec(natural_traces=True, trains_encoder=False),  # Liang et al. 2024, both stages
-    "bce": MethodSpec(natural_traces=False, trains_encoder=True),  # the whole network with cross entropy
-    "probe": MethodSpec(natural_traces=False, trains_encoder=False),  # a linear layer on the frozen encoder
+    # Liang et al. 2024 (arXiv:2403.16513), both stages
+    "ntf": MethodSpec(natural_traces=True),
+    # the whole network with cross entropy
+    "bce": MethodSpec(trains_encoder=True),
+    # a linear layer on the frozen encoder
+    "probe": MethodSpec(),
+    # the nearest neighbours on the frozen encoder: Ojha et al. 2023 (arXiv:2302.10174)
+    "nearest": MethodSpec(neighbours=True),
+    # bce on the encoder, and with the augmentation, of Wang et al. 2020 (arXiv:1912.11035)
+    "wang2020": MethodSpec(trains_encoder=True, model=_RESNET50, augment=_WANG2020),
+    # Gragnaniello et al. 2021 (arXiv:2104.02617): the same without early down-sampling, augmented more strongly
+    "gragnaniello2021": MethodSpec(
+        trains_encoder=True, model=_RESNET50 | {"early_downsampling": False}, augment=_STRONG
+    ),
+    # Roessler et al. 2019 (arXiv:1901.08971)
+    "xception": MethodSpec(trains_encoder=True, model={"encoder": "legacy_xception", "encoder_weights": ""}),
 }
 
 
-def method_config(config: RunConfig) -> RunConfig:
-    """The configuration with what its method fixes: without natural traces the classifier reads the encoder alone."""
-    if METHODS[config.method].natural_traces:
-        return config
-    return replace(config, model=replace(config.model, classifier_input="encoder"))
+def with_method(config: RunConfig, method: Method) -> RunConfig:
+    """Starting values of a method: those of `config` with what the method sets. Options go on top, so they win."""
+    spec = METHODS[method]
+    model = dict(spec.model) if spec.natural_traces else {"classifier_input": "encoder", **spec.model}
+    return replace(
+        config,
+        method=method,
+        model=replace(config.model, **model),
+        augment=replace(config.augment, **spec.augment),
+    )
 
 
 def check_method(config: RunConfig) -> None:
@@ -60,3 +103,22 @@ def check_method(config: RunConfig) -> None:
             wanted="a frozen encoder, whose embeddings stay as they are",
             remedy="leave it out",
         )
+    _check_neighbours(config, method)
+
+
+def _check_neighbours(config: RunConfig, method: MethodSpec) -> None:
+    """Each of these would otherwise change nothing without a word."""
+    if not method.neighbours:
+        unused = {"--nearest-k or --nearest-bank": config.nearest != type(config.nearest)()}
+        wanted = "--method nearest, which has neighbours"
+    else:
+        unused = {
+            "--cache-features": config.cache.cache_features,
+            "an option of augmentation": config.augment != type(config.augment)(),
+            "--precision bf16": config.compute.precision != "fp32",
+            "--compile": config.compute.compile,
+        }
+        wanted = "one pass over centre crops with the float32 encoder that is shipped"
+    for option, passed in unused.items():
+        if passed:
+            raise ConfigError(f"--method {config.method}", got=option, wanted=wanted, remedy="leave it out")

@@ -118,16 +118,7 @@ def fit_calibration(
     Note:
         The probabilities hold for the share of fakes in the validation pictures; other shares shift them all.
     """
-    try:
-        flagged = real_flagged_threshold(logits, labels, rate=real_flagged_rate)
-        missed = fake_missed_threshold(logits, labels, rate=fake_missed_rate)
-    except ValueError as error:
-        raise DataError(
-            "calibration",
-            got=str(error),
-            wanted=f"enough validation pictures for rates of {real_flagged_rate:g} and {fake_missed_rate:g}",
-            remedy="add validation pictures or choose larger rates",
-        ) from error
+    flagged, missed = _thresholds(logits, labels, real_flagged_rate, fake_missed_rate)
     slope, bias = _platt(np.asarray(logits, np.float64), np.asarray(labels))
     if not slope > 0:
         raise DataError(
@@ -144,6 +135,32 @@ def fit_calibration(
         real_flagged_rate=real_flagged_rate,
         fake_missed_rate=fake_missed_rate,
     )
+
+
+def require_calibration_pictures(labels: Labels, *, real_flagged_rate: float, fake_missed_rate: float) -> None:
+    """Refuse, before anything is trained, validation pictures that `fit_calibration` will refuse.
+
+    Raises:
+        DataError: one class only, or too few pictures for the rates.
+    """
+    _thresholds(np.zeros(len(labels)), labels, real_flagged_rate, fake_missed_rate)
+
+
+def _thresholds(
+    logits: Array, labels: Labels, real_flagged_rate: float, fake_missed_rate: float
+) -> tuple[float, float]:
+    try:
+        return (
+            real_flagged_threshold(logits, labels, rate=real_flagged_rate),
+            fake_missed_threshold(logits, labels, rate=fake_missed_rate),
+        )
+    except ValueError as error:
+        raise DataError(
+            "calibration",
+            got=str(error),
+            wanted=f"enough validation pictures for rates of {real_flagged_rate:g} and {fake_missed_rate:g}",
+            remedy="add validation pictures, or choose larger rates with --real-flagged-rate and --fake-missed-rate",
+        ) from error
 
 
 def detection_metrics(logits: Array, labels: Labels, *, calibration: CalibrationSpec) -> DetectionMetrics:

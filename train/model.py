@@ -74,6 +74,37 @@ class TraceModel(nn.Module):
         return self.head_hom(embedding), self.head_het(embedding)
 
 
+class NearestNeighbours(nn.Module):
+    """D without training: a picture is as fake as it is nearer to fake training pictures than to real ones.
+
+    The classifier of Ojha et al. 2023 (arXiv:2302.10174), which takes the nearest picture by cosine distance, as a
+    logit: the mean of the k largest cosines with fake pictures minus that with real ones, in [-2, 2].
+
+    Args:
+        real: (d, R) unit embeddings of real training pictures, R >= k.
+        fake: (d, F) the same of fake ones.
+        k: neighbours of each class.
+    """
+
+    def __init__(self, real: Tensor, fake: Tensor, k: int) -> None:
+        super().__init__()
+        self.k = k
+        self.register_buffer("real", real)
+        self.register_buffer("fake", fake)
+        self.real: Tensor
+        self.fake: Tensor
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Logits (..., 1) of embeddings (..., d) of any length."""
+        rows = F.normalize(embeddings, dim=-1)
+        return self._likeness(rows @ self.fake) - self._likeness(rows @ self.real)
+
+    def _likeness(self, cosines: Tensor) -> Tensor:
+        if self.k == 1:
+            return cosines.amax(-1, keepdim=True)
+        return cosines.topk(self.k, dim=-1).values.mean(-1, keepdim=True)
+
+
 class NTFDetector(nn.Module):
     """Stage 2, and what is shipped: the frozen encoder, the projection g and the classifier D.
 
@@ -84,9 +115,16 @@ class NTFDetector(nn.Module):
         encoder: E, frozen in stage 2.
         embedding_dim: C.
         classifier_input: what D reads: "projection" z, "encoder" e, or "both" side by side.
+        classifier: D; by default a new linear layer.
     """
 
-    def __init__(self, encoder: Encoder, embedding_dim: int, classifier_input: ClassifierInput) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        embedding_dim: int,
+        classifier_input: ClassifierInput,
+        classifier: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.encoder_name = encoder.name
@@ -102,7 +140,7 @@ class NTFDetector(nn.Module):
             "encoder": encoder.width,
             "both": embedding_dim + encoder.width,
         }
-        self.classifier = nn.Linear(widths[classifier_input], 1)
+        self.classifier = classifier or nn.Linear(widths[classifier_input], 1)
         self.register_buffer("mean_trace", torch.zeros(embedding_dim))
         self.mean_trace: Tensor
 

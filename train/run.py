@@ -54,14 +54,15 @@ from train.config import (
     config_from_file,
     preset_config,
 )
-from train.encoder import Encoder, load_encoder, load_exactly, read_state
+from train.encoder import Encoder, check_encoder, load_exactly, read_state
 from train.errors import ConfigError
 from train.feature_cache import FeatureCache, cache_key
 from train.integrity import CORRUPT_FILE, corrupt_counts, split_of_run
 from train.loss_backend import LossBackend, choose_loss_backend, resumed_loss_backend
-from train.methods import METHODS, check_method, method_config
-from train.metrics import fit_calibration
+from train.methods import METHODS, check_method, with_method
+from train.metrics import fit_calibration, require_calibration_pictures
 from train.model import NTFDetector, TraceModel, detector_from_traces
+from train.nearest import keep_neighbours
 from train.provenance import environment
 from train.ranks import ALONE, Ranks, check_ranks, joined, ranks_from_environment
 from train.scoring import mean_natural_trace, score_pictures
@@ -111,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}: correct it and go on with --resume; the last checkpoint is whole", file=sys.stderr)
+        remedy = "correct it and start again, or with --resume where the run has begun: its last checkpoint is whole"
+        print(f"error: {error}: {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; go on with python -m train.run --resume RUN", file=sys.stderr)
@@ -131,6 +133,7 @@ def parse_options(arguments: list[str]) -> Options:
     first.add_argument("--resume", type=Path)
     first.add_argument("--adapt-real")
     first.add_argument("--run", type=Path)
+    first.add_argument("--method")
     known, _ = first.parse_known_args(arguments)
     if known.resume is not None:
         base = load_config(known.resume)
@@ -139,9 +142,11 @@ def parse_options(arguments: list[str]) -> Options:
         base = dataclasses.replace(adaptable_config(parent), adapt=AdaptConfig(known.adapt_real, str(parent)))
     else:
         base = preset_config(known.preset or "demo") if known.config is None else config_from_file(known.config)
+        # A file that has this method already has its values, or others on purpose; tyro refuses a method of no name.
+        if known.method in METHODS and known.method != base.method:
+            base = with_method(base, known.method)
     default = Options(preset=known.preset or "demo", run=base)
     options = tyro.cli(Options, prog="python -m train.run", args=arguments, default=default)
-    options = dataclasses.replace(options, run=method_config(options.run))
     if known.resume is None:
         _refuse_unfit_adaptation(options, base, known.preset)
     if known.resume is not None and (options.run != base or options.config or options.out or options.overwrite):
@@ -167,7 +172,7 @@ def _refuse_unfit_adaptation(options: Options, base: RunConfig, preset: str | No
         )
     if not adapt.adapt_real:
         return
-    fixed = ("model", "data")
+    fixed = ("method", "model", "data")
     changed = [name for name in fixed if getattr(options.run, name) != getattr(base, name)]
     if options.config is not None or preset is not None:
         changed.append("preset or configuration")
@@ -198,7 +203,9 @@ def check_start(config: RunConfig, device: torch.device, ranks: Ranks, *, resume
             wanted="one machine, whose processes map the same file",
             remedy="leave it out",
         )
-    if not resume:  # a resumed run has its implementation in its checkpoint
+    if not resume:  # a resumed run has its weights and its implementation in its checkpoint
+        if not config.adapt.adapt_real:
+            check_encoder(config.model.encoder, config.model.encoder_weights)
         choose_loss_backend(config.loss.loss_backend, device.type)
 
 
@@ -270,6 +277,8 @@ def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = 
 
     if METHODS[config.method].natural_traces:
         detector = train_detector(session, train_traces(session))
+    elif METHODS[config.method].neighbours:
+        detector = keep_neighbours(session)
     else:
         detector = train_classifier(session)
     return finish(config, run, data, detector) if ranks.first else detector.eval()
@@ -284,8 +293,7 @@ def train_traces(session: Session) -> TraceModel:
     if config.adapt.adapt_real:
         model = load_traces(config, Path(config.adapt.run))
     else:
-        encoder = load_encoder(config.model.encoder, config.model.encoder_weights)
-        model = TraceModel(encoder, config.model.embedding_dim)
+        model = TraceModel(session.encoder(), config.model.embedding_dim)
     model.to(session.device)
     prepare_model(model, config.compute)
     session.loop(TraceStage(model, session.data.traces, config, session.ranks)).train()
@@ -300,7 +308,8 @@ def load_traces(config: RunConfig, run: Path) -> TraceModel:
     Raises:
         CheckpointError: it is not there, or does not fit.
     """
-    model = TraceModel(Encoder(config.model.encoder), config.model.embedding_dim)
+    encoder = Encoder(config.model.encoder, **config.model.encoder_options())
+    model = TraceModel(encoder, config.model.embedding_dim)
     path = require_run_file(run, STAGE1_FILE)
     load_exactly(model, read_state(path), source=path)
     return model
@@ -322,8 +331,7 @@ def train_classifier(session: Session) -> NTFDetector:
     """Stage 2 of a method without natural traces; what is of them in the detector stays as it was drawn."""
     config, model = session.config, session.config.model
     torch.manual_seed(config.seed + 1)
-    encoder = load_encoder(model.encoder, model.encoder_weights)
-    detector = NTFDetector(encoder, model.embedding_dim, model.classifier_input).to(session.device)
+    detector = NTFDetector(session.encoder(), model.embedding_dim, model.classifier_input).to(session.device)
     return run_stage2(session, detector, CrossEntropyStage)
 
 
@@ -359,6 +367,7 @@ def open_cache(session: Session, detector: NTFDetector) -> StageCache | None:
         dataclasses.asdict(config.equalize),
         session.device.type,
         config.method,
+        config.model.encoder_options(),
     ]
     key = cache_key(session.data.hashes["train_sha256"], records, detector.encoder, plan, arithmetic)
     path = Path(config.cache.cache_dir or session.run / "cache") / key.name()
@@ -405,7 +414,8 @@ def load_training_data(config: RunConfig) -> TrainingData:
     """Both splits, after printing what was found.
 
     Raises:
-        DataError: a split is missing, empty, has one class only, or corrupt pictures that may not be left out.
+        DataError: a split is missing, empty, has one class only, or corrupt pictures that may not be left out; or the
+            validation pictures are too few for the rates.
     """
     source = _demo_data() if config.data == DEMO_DATA else Path(config.data)
     train, validation = (split_of_run(config, source, split) for split in ("train", "val"))
@@ -415,6 +425,11 @@ def load_training_data(config: RunConfig) -> TrainingData:
         traces = own_pictures(config).learnt
         train, validation = adapted_training(config, train), adapted_validation(config, validation)
     print(train.describe(), validation.describe(), config.equalize.describe(), sep="\n")
+    require_calibration_pictures(
+        np.array([record.label for record in validation.records]),
+        real_flagged_rate=config.decision.real_flagged_rate,
+        fake_missed_rate=config.decision.fake_missed_rate,
+    )
     hashes = {"train_sha256": train.content_sha256(), "val_sha256": validation.content_sha256()}
     if config.adapt.adapt_real:
         hashes |= {f"parent_{name}": value for name, value in parent_record(config).items() if name != "run"}

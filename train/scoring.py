@@ -71,7 +71,12 @@ def score_pictures(
 
 @torch.inference_mode()
 def embed_pictures(
-    detector: NTFDetector, records: Sequence[PictureRecord], *, batch_size: int = 32, workers: int = 0
+    detector: NTFDetector,
+    records: Sequence[PictureRecord],
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    progress: bool = False,
 ) -> torch.Tensor:
     """Embeddings e of the records, (N, d) float32 on the CPU, in their order; the encoder is in eval mode.
 
@@ -80,10 +85,13 @@ def embed_pictures(
         records: at least one.
         batch_size: pictures in a forward pass; the same as in `score_pictures` gives the same bits.
         workers: processes that decode.
+        progress: show a progress bar.
     """
     device = next(detector.parameters()).device
     loader = prepared_loader(records, preprocess_spec(detector.encoder), batch_size=batch_size, workers=workers)
-    return torch.cat([detector.embed(images.to(device)).float().cpu() for images in loader])
+    total = batch_count(len(records), batch_size)
+    batches = track(loader, "embedding", total=total, disable=not progress)
+    return torch.cat([detector.embed(images.to(device)).float().cpu() for images in batches])
 
 
 @torch.inference_mode()

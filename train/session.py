@@ -12,6 +12,7 @@ import torch
 
 from train.checkpoint import CONFIG_FILE
 from train.config import RunConfig, config_from_dict
+from train.encoder import Encoder, load_encoder
 from train.errors import CheckpointError, ConfigError
 from train.loop import Position, StageLoop
 from train.loss_backend import STATE_KEY, LossBackend
@@ -63,6 +64,11 @@ class Session:
     saved: dict[str, Any] | None
     backend: LossBackend
     ranks: Ranks
+
+    def encoder(self) -> Encoder:
+        """The encoder that the run begins with."""
+        model = self.config.model
+        return load_encoder(model.encoder, model.encoder_weights, **model.encoder_options())
 
     def loop(self, stage: Stage) -> StageLoop:
         """The loop that trains `stage`, from where the checkpoint stands."""
