@@ -13,10 +13,10 @@ from benchmarks.pictures import photograph
 from train.config import CacheConfig, Stage1Config, Stage2Config, preset_config
 from train.data import scan_pictures
 from train.encoder import load_encoder
-from train.feature_cache import FeatureCache
+from train.feature_cache import CropCache, FeatureCache, StageCache
 from train.loop import Position, StageLoop
 from train.model import TraceModel, detector_from_traces
-from train.stages import DetectorStage, StageCache
+from train.stages import DetectorStage
 
 TRAIN, VALIDATION = 48, 16
 LEAST_RATIO = 5.0
@@ -48,7 +48,8 @@ def loop_of(records, folder, cache):
     kept = None
     if cache:
         width = detector.encoder.width
-        kept = StageCache(FeatureCache(folder / "cache", draws=1, pictures=TRAIN, width=width))
+        views = FeatureCache(folder / "views", draws=1, pictures=TRAIN, width=width)
+        kept = StageCache(views, CropCache(folder / "crops", records[1], width=width))
     stage = DetectorStage(detector, records[0], config, records[1], "reference", cache=kept)
     return StageLoop(stage, folder, config, Position(2), None, {})
 

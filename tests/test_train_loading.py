@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from runtime.errors import PictureError
 from runtime.preprocess import PreprocessSpec
 from train.config import AugmentConfig
 from train.data import load_split
-from train.loading import EpochBatches, ViewPlan, batch_count, prepared_loader, view_loader
+from train.loading import EpochBatches, Key, ViewDataset, ViewPlan, batch_count, prepared_loader, view_loader
 from train.transforms import random_view
 
 PLAN = ViewPlan(seed=3, stage=1, first=(64, 64), second=(32, 32), augment=AugmentConfig())
@@ -53,6 +54,15 @@ def test_epochs_and_stages_draw_differently():
     assert order(PLAN, 0) == order(PLAN, 0)
     assert order(PLAN, 0) != order(PLAN, 1)
     assert order(PLAN, 0) != order(other_stage, 0)
+
+
+def test_seed_of_the_views_gives_the_views_and_not_their_order(records):
+    own, shared = (replace(PLAN, seed=seed, view_seed=view_seed) for seed, view_seed in ((3, None), (8, 3)))
+    for index in range(len(records)):
+        pairs = zip(ViewDataset(records, own)[Key(1, index)], ViewDataset(records, shared)[Key(1, index)], strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs)
+    orders = [list(EpochBatches(50, 50, plan, 0)) for plan in (own, shared, replace(PLAN, seed=8))]
+    assert orders[0] != orders[1] == orders[2]
 
 
 @pytest.mark.parametrize("options", [{"workers": 2}, {"start": 1}], ids=["two workers", "from the second batch on"])

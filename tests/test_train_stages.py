@@ -40,7 +40,7 @@ def test_constant_homogeneous_features_are_reported_as_collapse(data):
 def test_spread_features_are_not(data, monkeypatch):
     spread = stage(data)
     rows = torch.nn.functional.normalize(torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    monkeypatch.setattr(spread.model, "forward", lambda images: (rows, rows))
+    monkeypatch.setattr(spread.model.head_hom, "forward", lambda embeddings: rows)
     figures, warnings = spread.epoch_report()
     assert figures["hom_effective_rank"] > 4
     assert warnings == []

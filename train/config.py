@@ -159,15 +159,19 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Embeddings of the frozen encoder that stage 2 need not compute again."""
+    """Embeddings of the frozen encoder that need not be computed again."""
 
     cached_views: int = 0
-    """Different views of a picture that stage 2 goes through, epoch by epoch, with or without --cache-features; 0 draws
-    new ones in each epoch."""
+    """Different views of a picture that a stage on the frozen encoder goes through, epoch by epoch, with or without
+    --cache-features; 0 draws new ones in each epoch."""
     cache_features: bool = False
-    """Keep stage 2's embeddings on disk; results are those without. It pays with --cached-views below the epochs."""
+    """Keep the frozen encoder's embeddings on disk: of stage 2, and of stage 1 with --no-stage1.train-encoder. Results
+    are those without. It pays with --cached-views below the epochs."""
     cache_dir: str = ""
     """Folder of the cache, which runs on the same pictures and encoder may share; default: in the run folder."""
+    view_seed: int | None = None
+    """Seed of the training views; default: --seed. Runs of other seeds with this --view-seed and --cache-dir need not
+    encode again: the seeds then share their views, and differ in initial weights and in the order of the batches."""
 
 
 @dataclass(frozen=True)
@@ -319,6 +323,7 @@ def check_config(config: RunConfig) -> None:
             config.nearest.nearest_bank == 0 or config.nearest.nearest_bank >= config.nearest.nearest_k,
             f"0, or at least --nearest-k {config.nearest.nearest_k}",
         ),
+        ("--view-seed", config.cache.view_seed, (config.cache.view_seed or 0) >= 0, "0 or more"),
         ("--stage2.scl-crop", config.stage2.scl_crop, config.stage2.scl_crop > 0, positive),
         (
             "--real-flagged-rate",

@@ -123,6 +123,7 @@ class Encoder(nn.Module):
         if not early_downsampling:
             _set_stem_strides_to_1(self.net, name)
         cfg = self.net.pretrained_cfg
+        self.early_downsampling = early_downsampling
         self.depths = list(depths)
         self._class_tokens = bool(self.depths) and getattr(self.net, "num_prefix_tokens", 0) > 0
         # The pooled output, then what each depth adds.
@@ -134,15 +135,25 @@ class Encoder(nn.Module):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Embedding e = E(x), (N, d), of normalised pixels (N, 3, H, W)."""
+        return torch.cat(self.parts(pixels), dim=1)
+
+    def parts(self, pixels: Tensor) -> list[Tensor]:
+        """What the embedding consists of, in its order: the pooled output, then what each depth adds."""
         features, maps = self._features(pixels)
-        return self._pooled(features, [part.pooled for part in maps])
+        return [self.net.forward_head(features, pre_logits=True), *(part.pooled for part in maps)]
+
+    def part_names(self) -> list[str]:
+        """A name for each of `parts`, which tells it from every other part of the same weights."""
+        strides = "" if self.early_downsampling else " without early down-sampling"
+        return [f"{name}{strides}" for name in ("output", *(f"depth {depth}" for depth in self.depths))]
 
     def forward(self, pixels: Tensor) -> EncoderOutput:
         """Embedding, and one embedding for each cell of the last map, of normalised pixels (N, 3, H, W)."""
         features, maps = self._features(pixels)
         cells = self._token_cells(features) if features.ndim == 3 else self._map_cells(features)
         parts = [part.on_grid(cells.shape[1:3]) for part in maps]
-        return EncoderOutput(self._pooled(features, [part.pooled for part in maps]), torch.cat((cells, *parts), dim=-1))
+        pooled = [self.net.forward_head(features, pre_logits=True), *(part.pooled for part in maps)]
+        return EncoderOutput(torch.cat(pooled, dim=1), torch.cat((cells, *parts), dim=-1))
 
     def _features(self, pixels: Tensor) -> tuple[Tensor, list[DepthOutput]]:
         """The last map or tokens, and what the depths add."""
@@ -155,9 +166,6 @@ class Encoder(nn.Module):
             pixels, indices=self.depths, output_fmt="NCHW", return_prefix_tokens=True
         )
         return features, [DepthOutput(tokens[:, 0], values, spread=False) for values, tokens in maps]
-
-    def _pooled(self, features: Tensor, depths: list[Tensor]) -> Tensor:
-        return torch.cat((self.net.forward_head(features, pre_logits=True), *depths), dim=1)
 
     def _map_cells(self, features: Tensor) -> Tensor:
         _, d, h, w = features.shape

@@ -1,4 +1,4 @@
-"""The frozen encoder's embeddings of stage 2 on disk, so that an epoch that sees the same views need not compute them.
+"""The frozen encoder's embeddings on disk, so that an epoch that sees the same pictures need not compute them.
 
 A view is a function of (seed, stage, draw, picture), and a frozen encoder gives it one embedding: what is cached is
 what would be computed, to the bit in the batches it was computed in; the same row in a batch of another size may differ
@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from train.errors import ConfigError, TrainingError
-from train.loading import Key, ViewPlan
+from train.loading import Key
+from train.model import EncodingModel
 from train.pictures import PictureRecord
+from train.scoring import BATCH_SIZE, embedded_batches
 
 SUFFIX = ".features"
 _KEPT_FREE = 1 << 28  # bytes of disk left for checkpoints
@@ -45,50 +47,52 @@ class CacheKey:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:32] + SUFFIX
 
 
-def cache_key(
-    data_sha256: str, records: Sequence[PictureRecord], encoder: nn.Module, plan: ViewPlan, arithmetic: Any
-) -> CacheKey:
-    """The key of a run.
+def cache_key(records: Sequence[PictureRecord], weights: str, views: Mapping[str, Any], arithmetic: Any) -> CacheKey:
+    """The key of a file.
 
     Args:
-        data_sha256: of the pictures.
-        records: in the order that view indices count.
-        encoder: frozen.
-        plan: of the views.
+        records: in the order that view indices count; their bytes count, not where they lie.
+        weights: hash of the frozen encoder, from `weights_sha256`.
+        views: what is seen of a picture, as JSON types.
         arithmetic: what else changes the embeddings' last bits, as JSON types.
     """
-    root = os.path.commonpath([record.path.parent for record in records])
-    order = "\n".join(os.path.relpath(record.path, root) for record in records)
-    weights = hashlib.sha256()
-    for name, value in encoder.state_dict().items():
-        weights.update(f"{name} {tuple(value.shape)}".encode())
-        weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    pictures = "\n".join(record.content_sha256() for record in records)
     return CacheKey(
-        records=f"{data_sha256} {hashlib.sha256(order.encode()).hexdigest()}",
-        encoder=weights.hexdigest(),
-        views=json.dumps(asdict(plan), sort_keys=True),
+        records=hashlib.sha256(pictures.encode()).hexdigest(),
+        encoder=weights,
+        views=json.dumps(views, sort_keys=True),
         arithmetic=json.dumps(arithmetic, sort_keys=True),
     )
 
 
+def weights_sha256(module: nn.Module) -> str:
+    """Hex digest over names, shapes and values of a state dictionary."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class FeatureCache:
-    """Embeddings of both views of each picture, for a number of draws.
+    """Embeddings of the views of each picture, for a number of draws.
 
     Args:
         path: file to make, or to go on with.
         draws: different views of a picture.
         pictures: number of pictures.
         width: of an embedding.
+        views: of a picture in one draw.
 
     Raises:
         ConfigError: the disk has no room for it.
     """
 
-    def __init__(self, path: Path, *, draws: int, pictures: int, width: int) -> None:
+    def __init__(self, path: Path, *, draws: int, pictures: int, width: int, views: int = 2) -> None:
         self.path = path
-        self.shape = (draws, pictures, 2, width)
+        self.shape = (draws, pictures, views, width)
         rows = draws * pictures
-        self.size_bytes = rows * 4 + rows * 2 * width * 4
+        self.size_bytes = rows * 4 + rows * views * width * 4
         if not path.is_file() or path.stat().st_size != self.size_bytes:
             self._make()
         self._sums = np.memmap(path, np.uint32, "r+", 0, (draws, pictures))
@@ -100,14 +104,13 @@ class FeatureCache:
         """Whether all embeddings of these pictures are there, and whole."""
         return all(self._is_whole(draw, key.index) for key in keys)
 
-    def read(self, draw: int, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """Embeddings of the first and second views, each (B, width) float32."""
-        rows = torch.from_numpy(self._rows[draw, [key.index for key in keys]])
-        return rows[:, 0], rows[:, 1]
+    def read(self, draw: int, keys: Sequence[Key]) -> tuple[Tensor, ...]:
+        """Embeddings of the first and further views, each (B, width) float32."""
+        return torch.from_numpy(self._rows[draw, [key.index for key in keys]]).unbind(1)
 
-    def write(self, draw: int, keys: Sequence[Key], first: Tensor, second: Tensor) -> None:
+    def write(self, draw: int, keys: Sequence[Key], *views: Tensor) -> None:
         """Keep embeddings; arguments as `read` takes and returns them."""
-        rows = torch.stack((first, second), dim=1).float().cpu().numpy()
+        rows = torch.stack(views, dim=1).float().cpu().numpy()
         for key, row in zip(keys, rows, strict=True):
             self._rows[draw, key.index] = row
             self._sums[draw, key.index] = _checksum(row)
@@ -143,6 +146,53 @@ class FeatureCache:
                 wanted=f"room for {self.size_bytes:,} bytes",
                 remedy="name another disk with --cache-dir, or leave --cache-features out",
             ) from error
+
+
+class CropCache:
+    """Embeddings of a list of pictures as scoring sees them, that is of their centre crops.
+
+    Args:
+        path: file to make, or to go on with.
+        records: the pictures.
+        width: of an embedding.
+
+    Raises:
+        ConfigError: the disk has no room for it.
+    """
+
+    def __init__(self, path: Path, records: Sequence[PictureRecord], *, width: int) -> None:
+        self.records = records
+        self._rows = FeatureCache(path, draws=1, pictures=len(records), width=width, views=1)
+
+    def embeddings(self, model: EncodingModel, part: slice = slice(None), *, workers: int = 0) -> Tensor:
+        """Embeddings of `records[part]`, (n, d) float32 on the CPU, in the batches that scoring has them in.
+
+        Args:
+            model: whose encoder is frozen, and in eval mode.
+            part: of the records.
+            workers: processes that decode what is not there yet.
+        """
+        keys = [Key(0, index) for index in range(len(self.records))[part]]
+        batches = [keys[start : start + BATCH_SIZE] for start in range(0, len(keys), BATCH_SIZE)]
+        missing = [batch for batch in batches if not self._rows.holds(0, batch)]
+        if missing:
+            records = [self.records[key.index] for batch in missing for key in batch]
+            for batch, rows in zip(missing, embedded_batches(model, records, workers=workers), strict=True):
+                self._rows.write(0, batch, rows)
+        return self._rows.read(0, keys)[0]
+
+
+@dataclass(frozen=True)
+class StageCache:
+    """What a stage keeps of the frozen encoder.
+
+    Attributes:
+        views: embeddings of the training views.
+        crops: those of the pictures that are looked at after each epoch.
+    """
+
+    views: FeatureCache
+    crops: CropCache
 
 
 def _checksum(row: Any) -> int:

@@ -7,8 +7,8 @@ and a resumed run starts in the middle of an epoch without replaying what came b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,12 +43,13 @@ class ViewPlan:
     """Which views a stage draws.
 
     Attributes:
-        seed: of the run.
+        seed: of the run; gives the order of the pictures.
         stage: 1 or 2; the stages draw differently from the same seed.
         first: rows and columns of the first view.
         second: rows and columns of the second, independently cropped view.
         augment: what happens to a view besides cropping.
         draws: different views of a picture, gone through epoch by epoch; 0 draws new ones in each epoch.
+        view_seed: gives the views; None for the run's seed.
     """
 
     seed: int
@@ -57,6 +58,18 @@ class ViewPlan:
     second: tuple[int, int]
     augment: AugmentConfig
     draws: int = 0
+    view_seed: int | None = None
+
+    @property
+    def seed_of_views(self) -> int:
+        """The seed that the views are drawn from."""
+        return self.seed if self.view_seed is None else self.view_seed
+
+    def views(self) -> dict[str, Any]:
+        """What the views depend on, besides the picture and the number of the draw; as JSON types."""
+        values = asdict(self) | {"seed": self.seed_of_views}
+        del values["view_seed"]
+        return values
 
     def draw(self, epoch: int) -> int:
         """Number of the views that an epoch sees."""
@@ -72,7 +85,7 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor, int]]):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, int]:
         record, plan = self.records[key.index], self.plan
-        rng = np.random.default_rng([plan.seed, plan.stage, plan.draw(key.epoch), key.index])
+        rng = np.random.default_rng([plan.seed_of_views, plan.stage, plan.draw(key.epoch), key.index])
         rgb = load_pixels(record)
         first = random_view(rgb, plan.first, plan.augment, rng)
         return first, random_view(rgb, plan.second, plan.augment, rng), record.label

@@ -49,7 +49,29 @@ class PixelNormalizer(nn.Module):
         return images.to(torch.float32).permute(0, 3, 1, 2) * self.scale + self.shift
 
 
-class TraceModel(nn.Module):
+class EncodingModel(nn.Module):
+    """What both stages' networks are built on: raw pixels in, embeddings out, and f_hom that reads them.
+
+    Args:
+        encoder: E.
+    """
+
+    head_hom: ProjectionHead
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.normalizer = PixelNormalizer(encoder.mean, encoder.std)
+        self.store: EmbeddingStore | None = None
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Encoder embeddings e, (N, d), of raw images (N, H, W, 3) uint8; without gradient, from the store if any."""
+        if self.store is not None and not torch.is_grad_enabled():
+            return self.store.embed(self, images)
+        return self.encoder.embed(self.normalizer(images))
+
+
+class TraceModel(EncodingModel):
     """Stage 1: an encoder with a homogeneous and a heterogeneous head (Sec. 4.1 of Liang et al. 2024).
 
     Args:
@@ -58,15 +80,9 @@ class TraceModel(nn.Module):
     """
 
     def __init__(self, encoder: Encoder, embedding_dim: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.normalizer = PixelNormalizer(encoder.mean, encoder.std)
+        super().__init__(encoder)
         self.head_hom = ProjectionHead(encoder.width, embedding_dim)
         self.head_het = ProjectionHead(encoder.width, embedding_dim)
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Encoder embeddings e, (N, d), of raw images (N, H, W, 3) uint8."""
-        return self.encoder.embed(self.normalizer(images))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Homogeneous and heterogeneous unit rows, each (N, C), of raw images (N, H, W, 3) uint8."""
@@ -105,7 +121,7 @@ class NearestNeighbours(nn.Module):
         return cosines.topk(self.k, dim=-1).values.mean(-1, keepdim=True)
 
 
-class NTFDetector(nn.Module):
+class NTFDetector(EncodingModel):
     """Stage 2, and what is shipped: the frozen encoder, the projection g and the classifier D.
 
     The homogeneous head stays in the checkpoint because stage 2 needs the traces of each batch; `forward`, and
@@ -125,14 +141,12 @@ class NTFDetector(nn.Module):
         classifier_input: ClassifierInput,
         classifier: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         self.encoder_name = encoder.name
         self.input_size = encoder.input_size
         self.mean, self.std = encoder.mean, encoder.std
         self.embedding_dim = embedding_dim
         self.classifier_input: ClassifierInput = classifier_input
-        self.normalizer = PixelNormalizer(encoder.mean, encoder.std)
         self.head_hom = ProjectionHead(encoder.width, embedding_dim)
         self.projection = ProjectionHead(encoder.width, embedding_dim)
         widths = {
@@ -143,10 +157,6 @@ class NTFDetector(nn.Module):
         self.classifier = classifier or nn.Linear(widths[classifier_input], 1)
         self.register_buffer("mean_trace", torch.zeros(embedding_dim))
         self.mean_trace: Tensor
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Encoder embeddings e, (N, d), of raw images (N, H, W, 3) uint8."""
-        return self.encoder.embed(self.normalizer(images))
 
     def classify(self, embeddings: Tensor, projected: Tensor) -> Tensor:
         """Logit of D for rows of e (..., d) and of z (..., C); shape (...)."""

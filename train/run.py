@@ -26,6 +26,7 @@ from train.adaptation import (
     parent_record,
     refuse_other_pictures,
 )
+from train.caches import detector_cache, shipped_embeddings, trace_cache
 from train.checkpoint import (
     CONFIG_FILE,
     STAGE1_FILE,
@@ -56,7 +57,6 @@ from train.config import (
 )
 from train.encoder import Encoder, check_encoder, load_exactly, read_state
 from train.errors import ConfigError
-from train.feature_cache import FeatureCache, cache_key
 from train.integrity import CORRUPT_FILE, corrupt_counts, split_of_run
 from train.loss_backend import LossBackend, choose_loss_backend, resumed_loss_backend
 from train.methods import METHODS, check_method, with_method
@@ -65,7 +65,12 @@ from train.model import NTFDetector, TraceModel, detector_from_traces
 from train.nearest import keep_neighbours
 from train.provenance import environment
 from train.ranks import ALONE, Ranks, check_ranks, joined, ranks_from_environment
-from train.scoring import mean_natural_trace, score_pictures
+from train.scoring import (
+    mean_natural_trace,
+    mean_trace_of_embeddings,
+    score_embeddings,
+    score_pictures,
+)
 from train.session import (
     CONFIG_KEY,
     Session,
@@ -76,7 +81,7 @@ from train.session import (
     refuse_other_processes,
     refuse_too_few_pictures,
 )
-from train.stages import CrossEntropyStage, DetectorStage, StageCache, TraceStage, stage2_plan
+from train.stages import CrossEntropyStage, DetectorStage, TraceStage
 
 RUNS = Path("runs")
 
@@ -281,7 +286,7 @@ def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = 
         detector = keep_neighbours(session)
     else:
         detector = train_classifier(session)
-    return finish(config, run, data, detector) if ranks.first else detector.eval()
+    return finish(session, detector) if ranks.first else detector.eval()
 
 
 def train_traces(session: Session) -> TraceModel:
@@ -296,7 +301,8 @@ def train_traces(session: Session) -> TraceModel:
         model = TraceModel(session.encoder(), config.model.embedding_dim)
     model.to(session.device)
     prepare_model(model, config.compute)
-    session.loop(TraceStage(model, session.data.traces, config, session.ranks)).train()
+    cache = trace_cache(session, model)
+    session.loop(TraceStage(model, session.data.traces, config, session.ranks, cache)).train()
     if session.ranks.first:
         save_weights(run / STAGE1_FILE, model)
     return model
@@ -346,56 +352,32 @@ def run_stage2(session: Session, detector: NTFDetector, kind: type[DetectorStage
         data.validation.records,
         session.backend.name,
         session.ranks,
-        open_cache(session, detector),
+        detector_cache(session, detector),
     )
     session.loop(stage).train()
     return detector
 
 
-def open_cache(session: Session, detector: NTFDetector) -> StageCache | None:
-    """The cache of stage 2's embeddings where the configuration asks for one; made by the first process.
-
-    Raises:
-        ConfigError: the disk has no room for it.
-    """
-    config, records = session.config, session.data.train.records
-    if not config.cache.cache_features:
-        return None
-    plan = stage2_plan(config, detector.input_size)
-    arithmetic = [
-        dataclasses.asdict(config.compute),
-        dataclasses.asdict(config.equalize),
-        session.device.type,
-        config.method,
-        config.model.encoder_options(),
-    ]
-    key = cache_key(session.data.hashes["train_sha256"], records, detector.encoder, plan, arithmetic)
-    path = Path(config.cache.cache_dir or session.run / "cache") / key.name()
-    draws = config.cache.cached_views or config.stage2.epochs
-
-    def opened() -> FeatureCache:
-        return FeatureCache(path, draws=draws, pictures=len(records), width=detector.encoder.width)
-
-    def make() -> None:
-        size = opened().size_bytes
-        print(f"caching embeddings of {draws} views of {len(records):,} pictures in {path}, {size / 1e6:,.1f} MB")
-        if draws >= config.stage2.epochs:
-            print("note: no view comes twice in this run, so it is not faster: --cached-views sets how many there are")
-
-    session.ranks.from_first(make)
-    return StageCache(opened())
-
-
-def finish(config: RunConfig, run: Path, data: TrainingData, detector: NTFDetector) -> NTFDetector:
+def finish(session: Session, detector: NTFDetector) -> NTFDetector:
     """Store the mean natural trace and fit temperature, bias and thresholds on the validation pictures."""
+    config, run, validation = session.config, session.run, session.data.validation.records
     # As `load_detector` has it, so that thresholds are those of the model that is shipped.
     detector.eval().to(memory_format=torch.contiguous_format)
     if METHODS[config.method].natural_traces:
-        reals = [record for record in data.traces if record.label == 0]
-        detector.mean_trace.copy_(mean_natural_trace(detector, reals, workers=config.workers))
+        reals = [record for record in session.data.traces if record.label == 0]
+        kept = shipped_embeddings(session, detector, reals)
+        detector.mean_trace.copy_(
+            mean_natural_trace(detector, reals, workers=config.workers)
+            if kept is None
+            else mean_trace_of_embeddings(detector, kept)
+        )
     save_weights(run / STAGE2_FILE, detector)
-    scores = score_pictures(detector, data.validation.records, workers=config.workers)
-    labels = np.array([record.label for record in data.validation.records])
+    kept = shipped_embeddings(session, detector, validation)
+    if kept is None:
+        scores = score_pictures(detector, validation, workers=config.workers)
+    else:
+        scores = score_embeddings(detector, kept)
+    labels = np.array([record.label for record in validation])
     calibration = fit_calibration(
         scores.logits,
         labels,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +13,11 @@ from rich.progress import track
 from runtime.preprocess import PreprocessSpec
 from train.encoder import Encoder
 from train.loading import batch_count, prepared_loader
-from train.model import NTFDetector
+from train.model import EncodingModel, NTFDetector
 from train.pictures import PictureRecord
+
+# Pictures in a forward pass.
+BATCH_SIZE = 32
 
 
 class Scores(NamedTuple):
@@ -35,7 +38,7 @@ def score_pictures(
     detector: NTFDetector,
     records: Sequence[PictureRecord],
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     workers: int = 0,
     progress: bool = True,
 ) -> Scores:
@@ -70,32 +73,39 @@ def score_pictures(
 
 
 @torch.inference_mode()
-def embed_pictures(
-    detector: NTFDetector,
-    records: Sequence[PictureRecord],
-    *,
-    batch_size: int = 32,
-    workers: int = 0,
-    progress: bool = False,
-) -> torch.Tensor:
-    """Embeddings e of the records, (N, d) float32 on the CPU, in their order; the encoder is in eval mode.
+def embedded_batches(
+    model: EncodingModel, records: Sequence[PictureRecord], *, batch_size: int = BATCH_SIZE, workers: int = 0
+) -> Iterator[torch.Tensor]:
+    """Embeddings e of the records in batches (B, d) float32, in their order; the encoder is in eval mode.
 
     Args:
-        detector: whose encoder is frozen.
-        records: at least one.
+        model: whose encoder is frozen.
+        records: pictures, as the exported model sees them.
         batch_size: pictures in a forward pass; the same as in `score_pictures` gives the same bits.
         workers: processes that decode.
-        progress: show a progress bar.
     """
-    device = next(detector.parameters()).device
-    loader = prepared_loader(records, preprocess_spec(detector.encoder), batch_size=batch_size, workers=workers)
-    total = batch_count(len(records), batch_size)
-    batches = track(loader, "embedding", total=total, disable=not progress)
-    return torch.cat([detector.embed(images.to(device)).float().cpu() for images in batches])
+    device = next(model.parameters()).device
+    for images in prepared_loader(records, preprocess_spec(model.encoder), batch_size=batch_size, workers=workers):
+        yield model.embed(images.to(device)).float()
 
 
 @torch.inference_mode()
-def score_embeddings(detector: NTFDetector, embeddings: torch.Tensor, *, batch_size: int = 32) -> Scores:
+def embed_pictures(
+    model: EncodingModel,
+    records: Sequence[PictureRecord],
+    *,
+    batch_size: int = BATCH_SIZE,
+    workers: int = 0,
+    progress: bool = False,
+) -> torch.Tensor:
+    """What `embedded_batches` gives, (N, d) on the CPU; of one picture or more, with a progress bar if asked for."""
+    batches = embedded_batches(model, records, batch_size=batch_size, workers=workers)
+    total = batch_count(len(records), batch_size)
+    return torch.cat([rows.cpu() for rows in track(batches, "embedding", total=total, disable=not progress)])
+
+
+@torch.inference_mode()
+def score_embeddings(detector: NTFDetector, embeddings: torch.Tensor, *, batch_size: int = BATCH_SIZE) -> Scores:
     """What `score_pictures` gives for the pictures of these embeddings (N, d)."""
     device = next(detector.parameters()).device
     logits, similarity = [], []
@@ -106,20 +116,32 @@ def score_embeddings(detector: NTFDetector, embeddings: torch.Tensor, *, batch_s
     return Scores(torch.cat(logits).numpy(), torch.cat(similarity).numpy())
 
 
-@torch.inference_mode()
 def mean_natural_trace(
-    detector: NTFDetector, records: Sequence[PictureRecord], *, batch_size: int = 32, workers: int = 0
+    model: EncodingModel, records: Sequence[PictureRecord], *, batch_size: int = BATCH_SIZE, workers: int = 0
 ) -> torch.Tensor:
     """Mean of the homogeneous features f_hom(E(x)) over real pictures, (C,), not normalised.
 
     Args:
-        detector: in eval mode.
+        model: in eval mode.
         records: real pictures, at least one.
         batch_size: pictures in a forward pass.
         workers: processes that decode.
     """
-    device = next(detector.parameters()).device
-    total = torch.zeros(detector.embedding_dim, dtype=torch.float64, device=device)
-    for images in prepared_loader(records, preprocess_spec(detector.encoder), batch_size=batch_size, workers=workers):
-        total += detector.head_hom(detector.embed(images.to(device))).double().sum(0)
-    return (total / len(records)).float()
+    return _mean_trace(model, embedded_batches(model, records, batch_size=batch_size, workers=workers))
+
+
+def mean_trace_of_embeddings(
+    model: EncodingModel, embeddings: torch.Tensor, *, batch_size: int = BATCH_SIZE
+) -> torch.Tensor:
+    """What `mean_natural_trace` gives for the pictures of these embeddings (N, d)."""
+    return _mean_trace(model, embeddings.split(batch_size))
+
+
+@torch.inference_mode()
+def _mean_trace(model: EncodingModel, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    device = next(model.parameters()).device
+    total, pictures = torch.zeros((), dtype=torch.float64, device=device), 0
+    for rows in batches:
+        total = total + model.head_hom(rows.to(device)).double().sum(0)
+        pictures += len(rows)
+    return (total / pictures).float()

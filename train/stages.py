@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,14 +19,14 @@ from cpp_ext.ops import Implementation
 from train.compute import autocast, compiled
 from train.config import RunConfig, Stage1Config, Stage2Config
 from train.errors import ConfigError
-from train.feature_cache import FeatureCache
-from train.loading import EpochBatches, ViewBatch, ViewPlan, batch_count, prepared_loader, view_loader
+from train.feature_cache import StageCache
+from train.loading import EpochBatches, ViewBatch, ViewPlan, batch_count, view_loader
 from train.losses import detector_loss, natural_trace_loss, spread_of
 from train.methods import METHODS
 from train.model import NTFDetector, TraceModel, freeze_natural_traces
 from train.pictures import PictureRecord
 from train.ranks import ALONE, Ranks
-from train.scoring import embed_pictures, preprocess_spec, score_embeddings, score_pictures
+from train.scoring import BATCH_SIZE, embed_pictures, score_embeddings, score_pictures
 
 # Rows all over the sphere have a standard deviation of 1 / sqrt(C) a dimension. Eq. (2) pulls them together on purpose;
 # at 3 % of it the mean squared distance of two rows is 0.002 of at most 4, and they say the same of every picture.
@@ -67,6 +66,7 @@ class Stage(ABC):
         plan: the views to draw.
         config: of the run.
         ranks: the processes that train it together.
+        cache: embeddings that were computed before, or None; for a frozen encoder.
     """
 
     number: int
@@ -76,6 +76,7 @@ class Stage(ABC):
     plan: ViewPlan
     config: RunConfig
     ranks: Ranks
+    cache: StageCache | None = None
 
     @abstractmethod
     def trainable(self) -> list[nn.Parameter]:
@@ -84,6 +85,10 @@ class Stage(ABC):
     @abstractmethod
     def set_train_mode(self) -> None:
         """Train mode for what is trained, eval mode for what is frozen."""
+
+    @abstractmethod
+    def encode(self, batch: ViewBatch) -> FeatureBatch:
+        """Embeddings of a batch; without gradient where the encoder is frozen."""
 
     @abstractmethod
     def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
@@ -112,7 +117,23 @@ class Stage(ABC):
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """This process's parts of the batches of an epoch, from batch `start` on, on the model's device."""
-        yield from self.view_batches(epoch, start)
+        if self.cache is None:
+            yield from self.view_batches(epoch, start)
+            return
+        cache, draw = self.cache.views, self.plan.draw(epoch)
+        size = self.settings.batch_size
+        keys = list(EpochBatches(len(self.records), size, self.plan, epoch, start, self.ranks))
+        known = next((step for step, batch in enumerate(keys) if not cache.holds(draw, batch)), len(keys))
+        for batch_keys in keys[:known]:
+            labels = torch.tensor([self.records[key.index].label for key in batch_keys])
+            first, second = cache.read(draw, batch_keys)
+            yield FeatureBatch(*(part.to(self.device) for part in (first, second, labels)))
+        if known == len(keys):
+            return
+        for batch_keys, views in zip(keys[known:], self.view_batches(epoch, start + known), strict=True):
+            features = self.encode(views)
+            cache.write(draw, batch_keys, features.first, features.second)
+            yield features
 
     def view_batches(self, epoch: int, start: int) -> Iterator[ViewBatch]:
         """The same, as pixels."""
@@ -140,15 +161,19 @@ class TraceStage(Stage):
     number = 1
 
     def __init__(
-        self, model: TraceModel, records: Sequence[PictureRecord], config: RunConfig, ranks: Ranks = ALONE
+        self,
+        model: TraceModel,
+        records: Sequence[PictureRecord],
+        config: RunConfig,
+        ranks: Ranks = ALONE,
+        cache: StageCache | None = None,
     ) -> None:
         self.model: TraceModel = model
         self.records = [record for record in records if record.label == 0]
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks, self.cache = config, ranks, cache
         self.settings = config.stage1
         self.embed = compiled(model.embed, config.compute)
-        size = model.encoder.input_size
-        self.plan = ViewPlan(config.seed, 1, size, size, config.augment)
+        self.plan = stage1_plan(config, model.encoder.input_size)
 
     def trainable(self) -> list[nn.Parameter]:
         self.model.encoder.requires_grad_(self.config.stage1.train_encoder)
@@ -158,9 +183,16 @@ class TraceStage(Stage):
         self.model.train()
         self.model.encoder.train(self.config.stage1.train_encoder)
 
+    def encode(self, batch: ViewBatch) -> FeatureBatch:
+        trained = self.config.stage1.train_encoder
+        with torch.set_grad_enabled(trained), autocast(self.config.compute, self.device):
+            first, second = self.embed(torch.cat((batch.first, batch.second))).chunk(2)
+        return FeatureBatch(first, second, batch.labels)
+
     def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
+        features = batch if isinstance(batch, FeatureBatch) else self.encode(batch)
         with autocast(self.config.compute, self.device):
-            embeddings = self.embed(torch.cat((batch.first, batch.second)))
+            embeddings = torch.cat((features.first, features.second))
             own = self.model.head_hom(embeddings), self.model.head_het(embeddings)
         z_hom, z_het = self._joint_rows(*own, pictures)
         loss = self.config.loss
@@ -193,10 +225,11 @@ class TraceStage(Stage):
         self.model.eval()
         if not self.ranks.first:
             return {}, []
-        device = self.device
-        spec = preprocess_spec(self.model.encoder)
-        loader = prepared_loader(self.records[:SPREAD_PICTURES], spec, batch_size=32)
-        rows = torch.cat([self.model(images.to(device))[0] for images in loader])
+        if self.cache is None:
+            seen = embed_pictures(self.model, self.records[:SPREAD_PICTURES])
+        else:
+            seen = self.cache.crops.embeddings(self.model, slice(SPREAD_PICTURES), workers=self.config.workers)
+        rows = torch.cat([self.model.head_hom(part) for part in seen.to(self.device).split(BATCH_SIZE)])
         if len(rows) < 2:
             return {}, []
         spread = spread_of(rows)
@@ -239,11 +272,10 @@ class DetectorStage(Stage):
         self.model: NTFDetector = model
         self.records = list(records)
         self.validation = validation
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks, self.cache = config, ranks, cache
         self.settings = config.stage2
         self.embed = compiled(model.embed, config.compute)
         self.loss_backend = loss_backend
-        self.cache = cache
         crop = config.stage2.scl_crop
         if model.encoder.fixed_input_size and (crop, crop) != model.input_size:
             raise ConfigError(
@@ -261,24 +293,6 @@ class DetectorStage(Stage):
     def set_train_mode(self) -> None:
         self.model.train()
         freeze_natural_traces(self.model)
-
-    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        if self.cache is None:
-            yield from self.view_batches(epoch, start)
-            return
-        cache, draw = self.cache.views, self.plan.draw(epoch)
-        size = self.settings.batch_size
-        keys = list(EpochBatches(len(self.records), size, self.plan, epoch, start, self.ranks))
-        known = next((step for step, batch in enumerate(keys) if not cache.holds(draw, batch)), len(keys))
-        for batch_keys in keys[:known]:
-            labels = torch.tensor([self.records[key.index].label for key in batch_keys])
-            yield FeatureBatch(*(part.to(self.device) for part in (*cache.read(draw, batch_keys), labels)))
-        if known == len(keys):
-            return
-        for batch_keys, views in zip(keys[known:], self.view_batches(epoch, start + known), strict=True):
-            features = self.encode(views)
-            cache.write(draw, batch_keys, features.first, features.second)
-            yield features
 
     @torch.no_grad()
     def encode(self, batch: ViewBatch) -> FeatureBatch:
@@ -322,8 +336,8 @@ class DetectorStage(Stage):
 
     def epoch_report(self) -> tuple[dict[str, float], list[str]]:
         """AP and accuracy at 0.5 on the validation pictures; each process scores its part of them."""
-        mine = self.validation[self.ranks.part(len(self.validation))]
-        own = self._validation_logits(mine) if mine else np.empty(0, np.float32)
+        part = self.ranks.part(len(self.validation))
+        own = self._validation_logits(part) if part.stop > part.start else np.empty(0, np.float32)
         logits = np.concatenate(self.ranks.gather_objects(own))
         labels = np.array([record.label for record in self.validation])
         return {
@@ -331,12 +345,11 @@ class DetectorStage(Stage):
             "val_accuracy": float(np.mean((logits > 0) == (labels == 1))),
         }, []
 
-    def _validation_logits(self, records: Sequence[PictureRecord]) -> NDArray[np.float32]:
+    def _validation_logits(self, part: slice) -> NDArray[np.float32]:
+        workers = self.config.workers
         if self.cache is None:
-            return score_pictures(self.model, records, progress=False, workers=self.config.workers).logits
-        if self.cache.validation is None:
-            self.cache.validation = embed_pictures(self.model, records, workers=self.config.workers)
-        return score_embeddings(self.model, self.cache.validation).logits
+            return score_pictures(self.model, self.validation[part], progress=False, workers=workers).logits
+        return score_embeddings(self.model, self.cache.crops.embeddings(self.model, part, workers=workers)).logits
 
 
 class CrossEntropyStage(DetectorStage):
@@ -377,20 +390,14 @@ class CrossEntropyStage(DetectorStage):
         }
 
 
-@dataclass
-class StageCache:
-    """What stage 2 keeps of the frozen encoder.
-
-    Attributes:
-        views: embeddings of the training views, on disk.
-        validation: those of the validation pictures that this process scores, (N, d); once they are computed.
-    """
-
-    views: FeatureCache
-    validation: Tensor | None = None
+def stage1_plan(config: RunConfig, input_size: tuple[int, int]) -> ViewPlan:
+    """The views that stage 1 draws: two of the input size; a trained encoder sees new ones in each epoch."""
+    draws = 0 if config.stage1.train_encoder else config.cache.cached_views
+    return ViewPlan(config.seed, 1, input_size, input_size, config.augment, draws, config.cache.view_seed)
 
 
 def stage2_plan(config: RunConfig, input_size: tuple[int, int]) -> ViewPlan:
     """The views that stage 2 draws: one of the input size for the classifier, a small crop for Eq. (5)."""
     crop = config.stage2.scl_crop
-    return ViewPlan(config.seed, 2, input_size, (crop, crop), config.augment, config.cache.cached_views)
+    cache = config.cache
+    return ViewPlan(config.seed, 2, input_size, (crop, crop), config.augment, cache.cached_views, cache.view_seed)
