@@ -168,7 +168,8 @@ class CacheConfig:
     """Keep the frozen encoder's embeddings on disk: of stage 2, and of stage 1 with --no-stage1.train-encoder. Results
     are those without. It pays with --cached-views below the epochs."""
     cache_dir: str = ""
-    """Folder of the cache, which runs on the same pictures and encoder may share; default: in the run folder."""
+    """Folder in which runs share what a frozen encoder has computed: embeddings by the pixels that it saw, and the
+    files of --cache-features, which by default are in the run folder. train.evaluate takes the same folder."""
     view_seed: int | None = None
     """Seed of the training views; default: --seed. Runs of other seeds with this --view-seed and --cache-dir need not
     encode again: the seeds then share their views, and differ in initial weights and in the order of the batches."""

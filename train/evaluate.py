@@ -16,7 +16,9 @@ from runtime.errors import NTFError
 from runtime.manifest import CalibrationSpec
 from train.bootstrap import METRICS, Draws, OriginalsBootstrap, interval
 from train.checkpoint import load_calibration, load_detector, newest_run, save_json
+from train.embedding_store import EmbeddingStore
 from train.equalize import EqualizeConfig, check_equalize
+from train.feature_cache import weights_sha256
 from train.integrity import CORRUPT_FILE, checked_split, corrupt_counts
 from train.metrics import Array, detection_metrics
 from train.pictures import CorruptPolicy, PictureRecord, PictureSet
@@ -45,6 +47,8 @@ class Options:
     corrupt: CorruptPolicy = "refuse"
     """Pictures that cannot be decoded: refuse to evaluate, or leave them out and list them in the report."""
     equalize: Annotated[EqualizeConfig, tyro.conf.arg(name="")] = field(default_factory=EqualizeConfig)
+    cache_dir: Path | None = None
+    """Folder in which training runs keep the embeddings of this encoder (train.run --cache-dir)."""
     batch_size: int = 32
     """Pictures in a forward pass."""
     workers: int = 0
@@ -66,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out=options.out,
             corrupt=options.corrupt,
             equalize=options.equalize,
+            cache_dir=options.cache_dir,
             batch_size=options.batch_size,
             workers=options.workers,
             draws=options.draws,
@@ -89,6 +94,7 @@ def evaluate_run(
     out: Path | None = None,
     corrupt: CorruptPolicy = "refuse",
     equalize: EqualizeConfig | None = None,
+    cache_dir: Path | None = None,
     batch_size: int = 32,
     workers: int = 0,
     draws: int = 1000,
@@ -104,6 +110,7 @@ def evaluate_run(
         out: folder of the report, `run/report` by default.
         corrupt: what to do where pictures cannot be decoded.
         equalize: treatment of both classes before they are scored.
+        cache_dir: folder of embeddings that were computed before, or None.
         batch_size: pictures in a forward pass.
         workers: processes that decode.
         draws: bootstrap resamplings.
@@ -123,6 +130,8 @@ def evaluate_run(
     folder.mkdir(parents=True, exist_ok=True)  # before the work, which may take hours
     if scorer is None:
         detector = load_detector(run)
+        if cache_dir is not None:
+            detector.encoder.store = EmbeddingStore(cache_dir, weights_sha256(detector.encoder.net))
 
         def scorer(records: Sequence[PictureRecord]) -> Array:
             return score_pictures(detector, records, batch_size=batch_size, workers=workers, progress=progress).logits

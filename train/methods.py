@@ -82,6 +82,12 @@ def with_method(config: RunConfig, method: Method) -> RunConfig:
     )
 
 
+def encoder_stays_frozen(config: RunConfig) -> bool:
+    """Whether no stage of the run changes the encoder."""
+    method = METHODS[config.method]
+    return not method.trains_encoder and not (method.natural_traces and config.stage1.train_encoder)
+
+
 def check_method(config: RunConfig) -> None:
     """Refuse options that the method has no use for.
 

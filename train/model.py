@@ -62,12 +62,12 @@ class EncodingModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.normalizer = PixelNormalizer(encoder.mean, encoder.std)
-        self.store: EmbeddingStore | None = None
 
     def embed(self, images: Tensor) -> Tensor:
         """Encoder embeddings e, (N, d), of raw images (N, H, W, 3) uint8; without gradient, from the store if any."""
-        if self.store is not None and not torch.is_grad_enabled():
-            return self.store.embed(self, images)
+        store = self.encoder.store
+        if store is not None and not torch.is_grad_enabled():
+            return store.embed(self.encoder, self.normalizer, images)
         return self.encoder.embed(self.normalizer(images))
 
 

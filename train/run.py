@@ -80,6 +80,7 @@ from train.session import (
     refuse_changed_data,
     refuse_other_processes,
     refuse_too_few_pictures,
+    with_store,
 )
 from train.stages import CrossEntropyStage, DetectorStage, TraceStage
 
@@ -318,6 +319,7 @@ def load_traces(config: RunConfig, run: Path) -> TraceModel:
     model = TraceModel(encoder, config.model.embedding_dim)
     path = require_run_file(run, STAGE1_FILE)
     load_exactly(model, read_state(path), source=path)
+    with_store(encoder, config)
     return model
 
 

@@ -12,10 +12,13 @@ import torch
 
 from train.checkpoint import CONFIG_FILE
 from train.config import RunConfig, config_from_dict
+from train.embedding_store import EmbeddingStore
 from train.encoder import Encoder, load_encoder
 from train.errors import CheckpointError, ConfigError
+from train.feature_cache import weights_sha256
 from train.loop import Position, StageLoop
 from train.loss_backend import STATE_KEY, LossBackend
+from train.methods import encoder_stays_frozen
 from train.pictures import PictureRecord, PictureSet
 from train.ranks import Ranks
 from train.stages import Stage
@@ -66,9 +69,10 @@ class Session:
     ranks: Ranks
 
     def encoder(self) -> Encoder:
-        """The encoder that the run begins with."""
+        """The encoder that the run begins with, and its store where the run has one."""
         model = self.config.model
-        return load_encoder(model.encoder, model.encoder_weights, **model.encoder_options())
+        encoder = load_encoder(model.encoder, model.encoder_weights, **model.encoder_options())
+        return with_store(encoder, self.config)
 
     def loop(self, stage: Stage) -> StageLoop:
         """The loop that trains `stage`, from where the checkpoint stands."""
@@ -76,6 +80,18 @@ class Session:
         position = Position(stage.number) if saved is None else position_of(saved)
         carried = fingerprint(self.config, self.data, self.backend, self.ranks)
         return StageLoop(stage, self.run, self.config, position, saved, carried)
+
+
+def with_store(encoder: Encoder, config: RunConfig) -> Encoder:
+    """The encoder, with the store of `--cache-dir` where there is one and the run never changes the encoder.
+
+    Raises:
+        TrainingError: the store cannot be opened.
+    """
+    # A compiled graph cannot look pixels up.
+    if config.cache.cache_dir and encoder_stays_frozen(config) and not config.compute.compile:
+        encoder.store = EmbeddingStore(Path(config.cache.cache_dir), weights_sha256(encoder.net))
+    return encoder
 
 
 def fingerprint(config: RunConfig, data: TrainingData, backend: LossBackend, ranks: Ranks) -> dict[str, Any]:
