@@ -18,8 +18,8 @@ from train.checkpoint import (
     load_detector,
     require_run_file,
 )
-from train.config import DEMO_DATA, RunConfig
-from train.integrity import split_of_run
+from train.config import RunConfig
+from train.integrity import data_source, split_of_run
 from train.model import NTFDetector
 from train.pictures import PictureSet
 from train.scoring import preprocess_spec
@@ -64,7 +64,7 @@ def load_run(run: Path, *, data: Path | None = None) -> RunInputs:
     config = load_config(run)
     detector = load_detector(run)
     recorded = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))["data"]
-    validation = validation_pictures(config) if data is None else split_of_run(config, data, "val")
+    validation = validation_pictures(config) if data is None else split_of_run(config, data, "val", own=False)
     digest = validation.content_sha256()
     if data is None and digest != recorded["val_sha256"]:
         raise ExportError(
@@ -92,15 +92,6 @@ def validation_pictures(config: RunConfig) -> PictureSet:
         DataError: they cannot be read.
     """
     return adapted_validation(config, split_of_run(config, data_source(config.data), "val"))
-
-
-def data_source(name: str) -> Path:
-    """Folder or CSV that a run's configuration names; the demo data are built when they are missing."""
-    if name != DEMO_DATA:
-        return Path(name)
-    from train.demo_data import ensure_demo_data  # loads scikit-image, which nothing else needs
-
-    return Path(ensure_demo_data())
 
 
 def run_of_checkpoint(checkpoint_sha256: str, runs: Path) -> Path:

@@ -27,12 +27,12 @@ from export.parity import (
     running_backends,
 )
 from export.report import REPORT_FOLDER, parity_json, parity_markdown, parity_table, write_report
-from export.run_inputs import data_source, require_checkpoint, run_of_checkpoint, validation_pictures
+from export.run_inputs import require_checkpoint, run_of_checkpoint, validation_pictures
 from runtime.bundle import Bundle, newest_bundle, open_bundle
 from runtime.errors import NTFError
 from runtime.manifest import PRECISIONS, ParitySpec
 from train.checkpoint import load_calibration, load_config, load_detector
-from train.integrity import split_of_run
+from train.integrity import data_source, split_of_run
 from train.pictures import PictureSet
 from train.provenance import environment
 
@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.data is None and options.split == "val":
             pictures = validation_pictures(config)
         else:
-            pictures = split_of_run(config, options.data or data_source(config.data), options.split)
+            source = options.data or data_source(config.data)
+            pictures = split_of_run(config, source, options.split, own=options.data is None)
         console.print(f"verifying {bundle.location} against {run} on {len(pictures)} pictures of {pictures.root}")
         result = verify_bundle(bundle, run, pictures)
     except NTFError as error:

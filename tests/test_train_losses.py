@@ -101,3 +101,28 @@ def test_spread_tells_one_point_from_all_directions():
     assert collapsed.effective_rank == pytest.approx(1.0, abs=1e-3)
     assert uniform.std == pytest.approx(1 / 4, rel=0.05)
     assert uniform.effective_rank > 15
+
+
+def test_term_of_weight_zero_has_no_part_in_the_total_whatever_its_value():
+    hom = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.manual_seed(2)), dim=1).requires_grad_()
+    het = torch.full((6, 4), float("nan"), requires_grad=True)
+    loss = natural_trace_loss(
+        hom, het, temperature=0.1, lambda_het=0.0, lambda_orth=0.0, hom_reduction="mean", hom_topk=1, orth="square"
+    )
+    assert loss.total == homogeneous_loss(hom, reduction="mean", topk=1)
+    assert loss.heterogeneous.isnan()
+    loss.total.backward()
+    assert het.grad is None
+    assert hom.grad.isfinite().all()
+
+
+def test_weights_of_both_stages_scale_their_terms():
+    rows = torch.nn.functional.normalize(torch.randn(2, 6, 4, generator=torch.manual_seed(4)), dim=2)
+    options = {"temperature": 0.1, "lambda_orth": 0.0, "hom_reduction": "mean", "hom_topk": 1, "orth": "square"}
+    whole, half = (natural_trace_loss(*rows, lambda_het=weight, **options) for weight in (1.0, 0.5))
+    assert (whole.total - half.total).item() == pytest.approx(0.5 * whole.heterogeneous.item(), rel=1e-5)
+    logits, labels = torch.tensor([2.0, -1.0]), torch.tensor([1, 0])
+    scaled = detector_loss(torch.tensor(3.0), logits, labels, gamma=0.5, scl_weight=0.25)
+    alone = detector_loss(None, logits, labels, gamma=0.5)
+    assert alone.contrastive is None
+    assert scaled.total.item() == pytest.approx(0.75 + alone.total.item())

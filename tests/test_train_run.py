@@ -58,7 +58,7 @@ def test_run_leaves_every_file(finished, config):
     assert not any(name.endswith(".tmp") for name in names)
     assert load_config(finished) == config
     written = json.loads((finished / "config.json").read_text())
-    assert set(written) == {"config", "data", "environment", "start"}
+    assert set(written) == {"config", "data", "environment", "start", "trace_basis"}
     assert written["data"]["train_pictures"] == 12
     assert [(r["stage"], r["epoch"]) for r in history(finished)] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert {"loss", "hom_std", "hom_effective_rank"} <= set(history(finished)[0])

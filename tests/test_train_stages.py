@@ -1,15 +1,16 @@
-"""What a stage reports after an epoch: collapse is watched and said."""
+"""What a stage reports after an epoch: collapse is watched and said; and what its losses leave untouched."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from training import tiny_config, write_pictures
+from training import TINY_ENCODER, tiny_config, write_pictures
 
+from train.config import LossConfig, ModelConfig
 from train.data import load_split
 from train.encoder import Encoder
-from train.model import TraceModel
-from train.stages import TraceStage
+from train.model import NTFDetector, TraceModel
+from train.stages import DetectorStage, TraceStage
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +45,37 @@ def test_spread_features_are_not(data, monkeypatch):
     figures, warnings = spread.epoch_report()
     assert figures["hom_effective_rank"] > 4
     assert warnings == []
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_without_the_contrastive_loss_nothing_trains_a_projection_that_the_classifier_does_not_read(data, weight):
+    config = tiny_config(
+        data, model=ModelConfig(TINY_ENCODER, "none", 16, "encoder"), loss=LossConfig(scl_weight=weight)
+    )
+    records = load_split(data, "train").records
+    torch.manual_seed(0)
+    detector = NTFDetector(Encoder(TINY_ENCODER), 16, "encoder")
+    trained = DetectorStage(detector, records, config, records, "reference")
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    optimizer = torch.optim.SGD(trained.trainable(), lr=0.1, weight_decay=0.1)
+    trained.set_train_mode()
+    losses = trained.losses(next(trained.batches(0, 0)), 6)
+    losses["loss"].backward()
+    optimizer.step()
+    changed = {name for name, value in detector.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"classifier.weight", "classifier.bias"} <= changed
+    assert ("projection.0.weight" in changed) == (weight > 0)
+    assert ("contrastive" in losses) == (weight > 0)
+    if not weight:
+        assert changed == {"classifier.weight", "classifier.bias"}
+        assert losses["loss"] == config.loss.gamma * losses["classification"]
+
+
+def test_without_its_losses_nothing_trains_the_heterogeneous_head(data):
+    torch.manual_seed(0)
+    model = TraceModel(Encoder(TINY_ENCODER), 16)
+    records = load_split(data, "train").records
+    bare = TraceStage(model, records, tiny_config(data, loss=LossConfig(lambda_het=0.0, lambda_orth=0.0)))
+    bare.losses(next(bare.batches(0, 0)), 4)["loss"].backward()
+    assert not any(p.grad.any() for p in model.head_het.parameters() if p.grad is not None)
+    assert model.head_hom[0].weight.grad.abs().sum() > 0

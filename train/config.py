@@ -62,6 +62,8 @@ class LossConfig:
 
     temperature: float = 0.07
     """tau."""
+    lambda_het: float = 1.0
+    """Weight of Eq. (1) in Eq. (4); 0 leaves it out."""
     lambda_orth: float = 0.1
     """Weight of Eq. (3) in Eq. (4)."""
     hom_reduction: HomReduction = "max"
@@ -74,6 +76,8 @@ class LossConfig:
     """Weight of the natural traces in Eq. (5)."""
     gamma: float = 0.5
     """Weight of the cross entropy in Eq. (7)."""
+    scl_weight: float = 1.0
+    """Weight of Eq. (5) in Eq. (7); 0 leaves it out, so that cross entropy alone trains projection and classifier."""
     scl_form: Form = "log_sum"
     """Reading of Eq. (5)."""
     scl_denominator: Denominator = "all"
@@ -219,6 +223,13 @@ class RunConfig:
     """Folder, tar shards, CSV or JSON list with a train and a val split; "demo" builds the demo data in data/demo."""
     corrupt: CorruptPolicy = "refuse"
     """Pictures that cannot be decoded: refuse to train, or leave them out and list them in the run's corrupt.json."""
+    train_generators: tuple[str, ...] = ()
+    """Train on these generators' pictures alone, real ones included; sets of real pictures alone may be named as well.
+    Empty takes all."""
+    val_generators: tuple[str, ...] = ()
+    """The same for the validation pictures, which give thresholds and calibration."""
+    train_share: float = 1.0
+    """Share of the originals of each generator to train on, drawn by the seed; a smaller share lies in a larger one."""
     equalize: Annotated[EqualizeConfig, tyro.conf.arg(name="")] = field(default_factory=EqualizeConfig)
     model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
     loss: Annotated[LossConfig, tyro.conf.arg(name="")] = field(default_factory=LossConfig)
@@ -255,19 +266,20 @@ def preset_config(preset: Preset) -> RunConfig:
     )
 
 
-def config_from_dict(values: object, *, source: str) -> RunConfig:
+def config_from_dict(values: object, *, source: str, defaults: RunConfig | None = None) -> RunConfig:
     """Configuration from plain JSON types.
 
     Args:
-        values: as `dataclasses.asdict` makes it; fields left out are those of the paper preset with its method.
+        values: as `dataclasses.asdict` makes it; fields may be left out.
         source: named in errors.
+        defaults: has the fields that are left out, with what the method fixes; the paper preset by default.
 
     Raises:
         ConfigError: an unknown field, or a value of the wrong type.
     """
-    base = preset_config("paper")
+    base = defaults or preset_config("paper")
     method = values.get("method") if isinstance(values, dict) else None
-    if method in METHODS:
+    if method in METHODS and method != base.method:
         base = with_method(base, method)
     complete = _merged(dataclasses.asdict(base), values)
     try:
@@ -305,10 +317,16 @@ def check_config(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the option.
     """
-    positive = "a number above 0"
+    loss = config.loss
+    positive, weight = "a number above 0", "0 or a number above it"
+    both = f"{loss.scl_weight:g} with --gamma {loss.gamma:g}"
     rate = "a share between 0 and 1"
     rules: list[tuple[str, Any, bool, str]] = [
         ("--temperature", config.loss.temperature, config.loss.temperature > 0, positive),
+        ("--lambda-het", loss.lambda_het, _is_weight(loss.lambda_het), weight),
+        ("--scl-weight", loss.scl_weight, _is_weight(loss.scl_weight), weight),
+        ("--scl-weight", both, loss.scl_weight > 0 or loss.gamma > 0, "one of the two losses of Eq. (7)"),
+        ("--train-share", config.train_share, 0 < config.train_share <= 1, "a share above 0 and up to 1"),
         ("--embedding-dim", config.model.embedding_dim, config.model.embedding_dim > 0, positive),
         ("--hom-topk", config.loss.hom_topk, config.loss.hom_topk > 0, positive),
         ("--colour-jitter", config.augment.colour_jitter, 0 <= config.augment.colour_jitter < 1, "[0, 1)"),
@@ -391,3 +409,7 @@ def _merged(defaults: dict[str, Any], values: object) -> object:
 
 def _is_rate(value: float) -> bool:
     return 0 < value < 1
+
+
+def _is_weight(value: float) -> bool:
+    return value >= 0 and math.isfinite(value)

@@ -21,6 +21,7 @@ from train.equalize import EqualizeConfig, check_equalize
 from train.feature_cache import weights_sha256
 from train.integrity import CORRUPT_FILE, checked_split, corrupt_counts
 from train.metrics import Array, detection_metrics
+from train.paper_tables import paper_sections
 from train.pictures import CorruptPolicy, PictureRecord, PictureSet
 from train.provenance import environment
 from train.report import FIGURE_FILE, EvaluationReport, SetReport, Spread, short_table, write_report
@@ -55,6 +56,8 @@ class Options:
     """Processes that decode."""
     draws: int = 1000
     """Bootstrap resamplings."""
+    paper_tables: bool = False
+    """Add tables in the form of the paper's Tables 2 to 5 also where no generator is one of the paper's."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -74,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=options.batch_size,
             workers=options.workers,
             draws=options.draws,
+            paper_tables=options.paper_tables,
             progress=options.progress,
         )
     except NTFError as error:
@@ -98,6 +102,7 @@ def evaluate_run(
     batch_size: int = 32,
     workers: int = 0,
     draws: int = 1000,
+    paper_tables: bool = False,
     progress: bool = True,
     scorer: Scorer | None = None,
 ) -> EvaluationReport:
@@ -114,6 +119,7 @@ def evaluate_run(
         batch_size: pictures in a forward pass.
         workers: processes that decode.
         draws: bootstrap resamplings.
+        paper_tables: add tables in the paper's form also where no generator is one of the paper's.
         progress: show a progress bar.
         scorer: what gives the logits, instead of the run's detector.
 
@@ -138,7 +144,7 @@ def evaluate_run(
 
     logits = scorer(pictures.records)
     report = evaluation_report(pictures, logits, calibration, run=str(run), data=str(data), split=split, draws=draws)
-    written = list(write_report(report, folder))
+    written = list(write_report(report, folder, paper_sections(report, wanted=paper_tables)))
     if pictures.corrupt:
         listed = {"counts": corrupt_counts(pictures.corrupt), "pictures": [asdict(p) for p in pictures.corrupt]}
         save_json(folder / CORRUPT_FILE, listed)

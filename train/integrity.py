@@ -24,12 +24,13 @@ from rich.progress import track
 
 import runtime.decode
 from runtime.errors import PictureError
-from train.config import RunConfig
+from train.config import DEMO_DATA, RunConfig
 from train.data import load_split, require_both_classes, scan_pictures
 from train.data_csv import summary
 from train.equalize import EqualizeConfig
 from train.errors import DataError
 from train.pictures import CorruptPicture, CorruptPolicy, PictureRecord, PictureSet, pixels_of, relative_path
+from train.selection import Selection, selection_of
 
 CORRUPT_FILE = "corrupt.json"
 SHOWN = 20
@@ -56,13 +57,36 @@ class Check:
     width: int = 0
 
 
-def split_of_run(config: RunConfig, source: Path | str, split: str) -> PictureSet:
+def data_source(name: str) -> Path:
+    """Collection that a run's configuration names; the demo data are built when they are missing."""
+    if name != DEMO_DATA:
+        return Path(name)
+    from train.demo_data import ensure_demo_data  # loads scikit-image, which nothing else needs
+
+    return ensure_demo_data()
+
+
+def split_of_run(config: RunConfig, source: Path | str, split: str, *, own: bool = True) -> PictureSet:
     """The pictures of a split as a run takes them: checked, and equalised where its configuration says so.
+
+    Args:
+        config: of the run.
+        source: collection.
+        split: name of the split.
+        own: `source` is the run's own collection, of which its configuration selects a part.
 
     Raises:
         DataError: as `checked_split`.
+        ConfigError: a selected generator is not in that split.
     """
-    return checked_split(source, split, corrupt=config.corrupt, equalize=config.equalize, workers=config.workers)
+    return checked_split(
+        source,
+        split,
+        corrupt=config.corrupt,
+        equalize=config.equalize,
+        workers=config.workers,
+        selection=selection_of(config, split) if own else None,
+    )
 
 
 def checked_split(
@@ -74,6 +98,7 @@ def checked_split(
     workers: int = 0,
     progress: bool = True,
     require_both: bool = True,
+    selection: Selection | None = None,
 ) -> PictureSet:
     """The pictures of one split, or of all, that training and evaluation can use.
 
@@ -85,6 +110,7 @@ def checked_split(
         workers: threads that decode; 0 and 1 are one.
         progress: show a progress bar.
         require_both: refuse pictures of one class only.
+        selection: the part to take; the others are not looked at.
 
     Raises:
         DataError: as `train.data.load_split`; or pictures are corrupt, or smaller than the equalised crop.
@@ -94,6 +120,11 @@ def checked_split(
         found = scan_pictures(source, require_both=require_both)
     else:
         found = load_split(source, split, require_both=require_both)
+    if selection is not None:
+        found = selection.of(found)
+        subject = selection.describe(subject)
+    if require_both:
+        require_both_classes(found, subject)
     usable = checked(found, corrupt=corrupt, equalize=equalize, workers=workers, progress=progress)
     if require_both:
         require_both_classes(usable, f"{subject} without its corrupt pictures")

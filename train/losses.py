@@ -22,10 +22,10 @@ class TraceLoss(NamedTuple):
 
 
 class DetectorLoss(NamedTuple):
-    """Stage 2: the total of Eq. (7) and its terms, scalars."""
+    """Stage 2: the total of Eq. (7) and its terms, scalars; None for a contrastive loss that was left out."""
 
     total: Tensor
-    contrastive: Tensor
+    contrastive: Tensor | None
     classification: Tensor
 
 
@@ -96,26 +96,38 @@ def natural_trace_loss(
     hom_reduction: HomReduction,
     hom_topk: int,
     orth: Orthogonality,
+    lambda_het: float = 1.0,
 ) -> TraceLoss:
-    """Natural trace representation loss L_hom + L_het + lambda L_orth, Eq. (4); arguments as in its terms."""
+    """Natural trace representation loss L_hom + L_het + lambda L_orth, Eq. (4); arguments as in its terms.
+
+    A term of weight 0 is reported and has no part in the total, so that it has no gradient whatever its value.
+    """
     homogeneous = homogeneous_loss(z_hom, reduction=hom_reduction, topk=hom_topk)
     heterogeneous = info_nce_loss(z_het, temperature=temperature)
     orthogonality = orthogonality_loss(z_hom, z_het, kind=orth)
-    total = homogeneous + heterogeneous + lambda_orth * orthogonality
+    total = homogeneous
+    for weight, term in ((lambda_het, heterogeneous), (lambda_orth, orthogonality)):
+        total = total + weight * term if weight else total
     return TraceLoss(total, homogeneous, heterogeneous, orthogonality)
 
 
-def detector_loss(contrastive: Tensor, logits: Tensor, labels: Tensor, *, gamma: float) -> DetectorLoss:
+def detector_loss(
+    contrastive: Tensor | None, logits: Tensor, labels: Tensor, *, gamma: float, scl_weight: float = 1.0
+) -> DetectorLoss:
     """Discriminative loss L_scl + gamma L_ce, Eqs. (6) and (7).
 
     Args:
-        contrastive: scalar, the mean soft contrastive loss of the batch.
+        contrastive: scalar, the mean soft contrastive loss of the batch; None leaves it out.
         logits: (N,) float, larger means more likely fake.
         labels: (N,) int64, 0 real, 1 fake.
         gamma: weight of the cross entropy.
+        scl_weight: weight of the contrastive loss.
     """
     classification = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-    return DetectorLoss(contrastive + gamma * classification, contrastive, classification)
+    total = gamma * classification
+    if contrastive is not None:
+        total = scl_weight * contrastive + total
+    return DetectorLoss(total, contrastive, classification)
 
 
 class Spread(NamedTuple):

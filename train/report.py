@@ -130,8 +130,8 @@ def short_table(report: EvaluationReport) -> str:
     )
 
 
-def report_markdown(report: EvaluationReport) -> str:
-    """The report for reading."""
+def report_markdown(report: EvaluationReport, further: Sequence[str] = ()) -> str:
+    """The report for reading, with further sections before it says where it comes from."""
     c = report.calibration
     sections = [
         f"# Evaluation of {Path(report.run).name} on {Path(report.data).name}, split {report.split}",
@@ -149,15 +149,16 @@ def report_markdown(report: EvaluationReport) -> str:
         sections.append("## Families: ranking\n\n" + _ranking_table(report.families, {}))
         sections.append("## Families: decisions\n\n" + _decision_table(report.families))
     sections.append(f"![ROC per generator and reliability]({FIGURE_FILE})")
+    sections.extend(further)
     sections.append("## Where this comes from\n\n" + _provenance(report))
     return "\n\n".join(sections) + "\n"
 
 
-def write_report(report: EvaluationReport, folder: Path) -> tuple[Path, Path]:
-    """Writes JSON and Markdown, atomically, and returns their paths."""
+def write_report(report: EvaluationReport, folder: Path, further: Sequence[str] = ()) -> tuple[Path, Path]:
+    """Writes JSON and Markdown, which takes further sections, atomically, and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / JSON_FILE, folder / MARKDOWN_FILE
-    for path, text in zip(paths, (report_json(report), report_markdown(report)), strict=True):
+    for path, text in zip(paths, (report_json(report), report_markdown(report, further)), strict=True):
         write_atomically(path, text.encode())
     return paths
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +47,6 @@ from train.checkpoint import (
 )
 from train.compute import check_compute, choose_device, prepare_model
 from train.config import (
-    DEMO_DATA,
     AdaptConfig,
     Preset,
     RunConfig,
@@ -57,7 +56,7 @@ from train.config import (
 )
 from train.encoder import Encoder, check_encoder, load_exactly, read_state
 from train.errors import ConfigError
-from train.integrity import CORRUPT_FILE, corrupt_counts, split_of_run
+from train.integrity import CORRUPT_FILE, corrupt_counts, data_source, split_of_run
 from train.loss_backend import LossBackend, choose_loss_backend, resumed_loss_backend
 from train.methods import METHODS, check_method, with_method
 from train.metrics import fit_calibration, require_calibration_pictures
@@ -82,6 +81,7 @@ from train.session import (
     refuse_too_few_pictures,
     with_store,
 )
+from train.shared_traces import take_history, trace_record
 from train.stages import CrossEntropyStage, DetectorStage, TraceStage
 
 RUNS = Path("runs")
@@ -101,6 +101,8 @@ class Options:
     """Run folder to go on with, with its own configuration."""
     overwrite: bool = False
     """Replace the run in --out."""
+    stage1_from: Path | None = None
+    """Take stage 1 over from this run instead of training it; refused where it would end in other weights."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
@@ -113,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_start(options.run, device, ranks, resume=options.resume is not None)
         with joined(ranks, device):
             run = options.resume or ranks.from_first(lambda: prepare_run_folder(options))
-            train(options.run, run, resume=options.resume is not None, ranks=ranks)
+            train(options.run, run, resume=options.resume is not None, ranks=ranks, stage1_from=options.stage1_from)
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -155,7 +157,8 @@ def parse_options(arguments: list[str]) -> Options:
     options = tyro.cli(Options, prog="python -m train.run", args=arguments, default=default)
     if known.resume is None:
         _refuse_unfit_adaptation(options, base, known.preset)
-    if known.resume is not None and (options.run != base or options.config or options.out or options.overwrite):
+    further = options.config or options.out or options.overwrite or options.stage1_from
+    if known.resume is not None and (options.run != base or further):
         raise ConfigError(
             f"--resume {known.resume}",
             got="further options",
@@ -238,7 +241,14 @@ def prepare_run_folder(options: Options) -> Path:
     return run
 
 
-def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = ALONE) -> NTFDetector:
+def train(
+    config: RunConfig,
+    run: Path,
+    *,
+    resume: bool = False,
+    ranks: Ranks = ALONE,
+    stage1_from: Path | None = None,
+) -> NTFDetector:
     """Train both stages and calibrate; everything is left in the run folder.
 
     Args:
@@ -246,6 +256,7 @@ def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = 
         run: run folder; empty, or with `resume` one that was stopped.
         resume: go on where the last checkpoint stands, to the same numbers as without the stop.
         ranks: this process among those that train the run; inside of `train.ranks.joined`.
+        stage1_from: run whose stage 1 is taken over, to the same weights as training it.
 
     Returns:
         The trained detector in eval mode.
@@ -270,10 +281,11 @@ def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = 
     session = Session(config, run, data, device, saved, backend, ranks)
     if begun is not None:
         refuse_changed_data(begun, data, run)
+    traces = trace_record(session, stage1_from)
     if ranks.first:
         remove_temporaries(run)
         if begun is None:
-            write_config(run, config, data, backend, ranks)
+            write_config(run, config, data, backend, ranks, traces)
         else:
             stage, epoch = (saved["stage"], saved["epoch"]) if saved is not None else (1, 0)
             trim_history(run, stage=stage, epoch=epoch)
@@ -282,7 +294,7 @@ def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = 
             print(backend.describe(), flush=True)
 
     if METHODS[config.method].natural_traces:
-        detector = train_detector(session, train_traces(session))
+        detector = train_detector(session, train_traces(session, stage1_from))
     elif METHODS[config.method].neighbours:
         detector = keep_neighbours(session)
     else:
@@ -290,12 +302,19 @@ def train(config: RunConfig, run: Path, *, resume: bool = False, ranks: Ranks = 
     return finish(session, detector) if ranks.first else detector.eval()
 
 
-def train_traces(session: Session) -> TraceModel:
-    """Stage 1, or what an earlier session made of it."""
+def train_traces(session: Session, stage1_from: Path | None = None) -> TraceModel:
+    """Stage 1, or what an earlier session or another run made of it."""
     config, run, saved = session.config, session.run, session.saved
     torch.manual_seed(config.seed)
     if saved is not None and saved["stage"] > 1:
         return load_traces(config, run).to(session.device)
+    if stage1_from is not None:
+        model = load_traces(config, stage1_from)
+        if session.ranks.first:
+            save_weights(run / STAGE1_FILE, model)
+            take_history(run, stage1_from)
+            print(f"stage 1 taken from {stage1_from}", flush=True)
+        return model.to(session.device)
     if config.adapt.adapt_real:
         model = load_traces(config, Path(config.adapt.run))
     else:
@@ -400,8 +419,9 @@ def load_training_data(config: RunConfig) -> TrainingData:
     Raises:
         DataError: a split is missing, empty, has one class only, or corrupt pictures that may not be left out; or the
             validation pictures are too few for the rates.
+        ConfigError: a selected generator is not there.
     """
-    source = _demo_data() if config.data == DEMO_DATA else Path(config.data)
+    source = data_source(config.data)
     train, validation = (split_of_run(config, source, split) for split in ("train", "val"))
     traces = train.records
     if config.adapt.adapt_real:
@@ -420,14 +440,15 @@ def load_training_data(config: RunConfig) -> TrainingData:
     return TrainingData(train, validation, hashes, traces)
 
 
-def _demo_data() -> Path:
-    from train.demo_data import ensure_demo_data  # loads scikit-image, which nothing else needs
-
-    return ensure_demo_data()
-
-
-def write_config(run: Path, config: RunConfig, data: TrainingData, backend: LossBackend, ranks: Ranks = ALONE) -> None:
-    """The resolved configuration with everything that a reader needs to repeat the run."""
+def write_config(
+    run: Path,
+    config: RunConfig,
+    data: TrainingData,
+    backend: LossBackend,
+    ranks: Ranks = ALONE,
+    traces: Mapping[str, Any] | None = None,
+) -> None:
+    """The resolved configuration with everything that a reader needs to repeat the run; `traces` says it of stage 1."""
     corrupt = data.train.corrupt + data.validation.corrupt
     pictures: dict[str, Any] = {"train_pictures": len(data.train), "val_pictures": len(data.validation)}
     pictures |= {"treatment": config.equalize.describe(), "corrupt_left_out": corrupt_counts(corrupt)}
@@ -440,7 +461,7 @@ def write_config(run: Path, config: RunConfig, data: TrainingData, backend: Loss
         "data": data.hashes | pictures,
         "environment": environment() | {"loss_backend": dataclasses.asdict(backend)},
         "start": start,
-    }
+    } | dict(traces or {})
     if config.adapt.adapt_real:
         content["parent"] = parent_record(config)
     save_json(run / CONFIG_FILE, content)

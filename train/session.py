@@ -109,8 +109,8 @@ def refuse_changed_config(begun: dict[str, Any], config: RunConfig, run: Path) -
     if CONFIG_KEY not in begun:  # checkpoints from before it was kept
         return
     source = f"--resume {run}"
-    kept = _flat(dataclasses.asdict(config_from_dict(json.loads(begun[CONFIG_KEY]), source=source)))
-    now = _flat(dataclasses.asdict(config))
+    kept = flat(dataclasses.asdict(config_from_dict(json.loads(begun[CONFIG_KEY]), source=source)))
+    now = flat(dataclasses.asdict(config))
     changed = [name for name in now if now[name] != kept[name]]
     if changed:
         shown = changed[:3]
@@ -122,11 +122,11 @@ def refuse_changed_config(begun: dict[str, Any], config: RunConfig, run: Path) -
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested fields by their dotted names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
 
 

@@ -200,6 +200,7 @@ class TraceStage(Stage):
             z_hom,
             z_het,
             temperature=loss.temperature,
+            lambda_het=loss.lambda_het,
             lambda_orth=loss.lambda_orth,
             hom_reduction=loss.hom_reduction,
             hom_topk=loss.hom_topk,
@@ -305,14 +306,30 @@ class DetectorStage(Stage):
         rows = self.ranks.counts(pictures)[self.ranks.rank]
         features = batch if isinstance(batch, FeatureBatch) else self.encode(batch)
         embeddings, crops, labels = (part[:rows] for part in features)
-        with torch.no_grad(), autocast(self.config.compute, self.device):
-            real = labels == 0
-            seen = embeddings if self.config.stage2.trace_crop == "input" else crops
-            traces = model.head_hom(seen[real])
         with autocast(self.config.compute, self.device):
             z = model.projection(crops)
             own_logits = model.classify(embeddings, model.projection(embeddings)).float()
-        contrastive = gathered_soft_contrastive_loss(
+        contrastive = self._contrastive(z, embeddings, crops, labels) if loss.scl_weight else None
+        logits = self.ranks.joint(own_logits, pictures)
+        labels = self.ranks.joint(labels, pictures)
+        result = detector_loss(contrastive, logits, labels, gamma=loss.gamma, scl_weight=loss.scl_weight)
+        figures = {
+            "loss": result.total,
+            "classification": result.classification,
+            ONE_CLASS: (labels == labels[0]).all(),
+            "accuracy": ((logits > 0) == (labels == 1)).float().mean(),
+        }
+        if result.contrastive is not None:
+            figures |= {"contrastive": result.contrastive, NO_REAL: (labels == 1).all()}
+        return figures
+
+    def _contrastive(self, z: Tensor, embeddings: Tensor, crops: Tensor, labels: Tensor) -> Tensor:
+        """Eq. (5) over the rows of all processes; arguments are this process's."""
+        model, loss = self.model, self.config.loss
+        with torch.no_grad(), autocast(self.config.compute, self.device):
+            seen = embeddings if self.config.stage2.trace_crop == "input" else crops
+            traces = model.head_hom(seen[labels == 0])
+        return gathered_soft_contrastive_loss(
             z,
             labels,
             traces,
@@ -322,17 +339,6 @@ class DetectorStage(Stage):
             denominator=loss.scl_denominator,
             backend=self.loss_backend,
         )
-        logits = self.ranks.joint(own_logits, pictures)
-        labels = self.ranks.joint(labels, pictures)
-        result = detector_loss(contrastive, logits, labels, gamma=loss.gamma)
-        return {
-            "loss": result.total,
-            "contrastive": result.contrastive,
-            "classification": result.classification,
-            ONE_CLASS: (labels == labels[0]).all(),
-            NO_REAL: (labels == 1).all(),
-            "accuracy": ((logits > 0) == (labels == 1)).float().mean(),
-        }
 
     def epoch_report(self) -> tuple[dict[str, float], list[str]]:
         """AP and accuracy at 0.5 on the validation pictures; each process scores its part of them."""
