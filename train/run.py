@@ -76,6 +76,7 @@ from train.session import (
     refuse_too_few_pictures,
 )
 from train.stages import CrossEntropyStage, DetectorStage, StageCache, TraceStage, stage2_plan
+from train.validation_scores import save_validation_scores, validation_scores
 
 RUNS = Path("runs")
 
@@ -392,7 +393,9 @@ def finish(config: RunConfig, run: Path, data: TrainingData, detector: NTFDetect
         labels,
         real_flagged_rate=config.decision.real_flagged_rate,
         fake_missed_rate=config.decision.fake_missed_rate,
+        rule=config.decision.threshold_rule,
     )
+    save_validation_scores(run, validation_scores(data.validation, scores.logits))
     save_calibration(run, calibration)
     print(
         f"{run}: trained and calibrated; real up to logit {calibration.real_threshold:.3f}, "
