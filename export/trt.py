@@ -240,9 +240,13 @@ def measure(
 
 
 def fit_precision(logits: Logits, labels: Labels, run: CalibrationSpec) -> CalibrationSpec:
-    """Calibration of one precision for the rates that the run chose."""
+    """Calibration of one precision for the rates and the rule that the run chose."""
     fitted = fit_calibration(
-        logits, labels, real_flagged_rate=run.real_flagged_rate, fake_missed_rate=run.fake_missed_rate
+        logits,
+        labels,
+        real_flagged_rate=run.real_flagged_rate,
+        fake_missed_rate=run.fake_missed_rate,
+        rule=run.threshold_rule,
     )
     return centred_thresholds(fitted, logits)
 

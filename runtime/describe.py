@@ -39,7 +39,7 @@ def _calibration_lines(manifest: ModelManifest) -> Iterator[str]:
         yield (
             f"  {precision}: logit / {spec.temperature:.6g} {spec.bias:+.6g}; real up to {spec.real_threshold:.6g}"
             f" ({100 * spec.fake_missed_rate:g} % of fakes missed), fake above {spec.fake_threshold:.6g}"
-            f" ({100 * spec.real_flagged_rate:g} % of real flagged)"
+            f" ({100 * spec.real_flagged_rate:g} % of real flagged), {spec.threshold_rule} thresholds"
         )
 
 

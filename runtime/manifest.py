@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, TypeAlias
 
@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from runtime.errors import BundleError
 from runtime.preprocess import PreprocessSpec
-from runtime.strict_json import canonical_json, from_jsonable, parse_json, to_jsonable
+from runtime.strict_json import ADDED_LATER, canonical_json, from_jsonable, parse_json, to_jsonable
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -31,6 +31,7 @@ INPUT_NAME = "images"
 OUTPUTS = ("logits", "trace_similarity", "embeddings", "evidence")
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+ThresholdRule: TypeAlias = Literal["empirical", "conformal"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # A plain name on every file system: no separators, drives, streams, leading dots or trailing dots.
@@ -48,6 +49,8 @@ class CalibrationSpec:
         fake_threshold: raw logit above which a picture is called fake; between the two it is uncertain.
         real_flagged_rate: share of real pictures called fake that fake_threshold was fitted for, 0 to 1.
         fake_missed_rate: share of fakes called real that real_threshold was fitted for, 0 to 1.
+        threshold_rule: "empirical" keeps the rates on the pictures that were fitted on, "conformal" keeps them in
+            expectation on new, exchangeable ones.
     """
 
     temperature: float
@@ -56,6 +59,7 @@ class CalibrationSpec:
     fake_threshold: float
     real_flagged_rate: float
     fake_missed_rate: float
+    threshold_rule: ThresholdRule = field(default="empirical", metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -223,8 +227,8 @@ class ModelManifest:
         _check_graph_facts(self)
         _check_precisions(self)
         _check_files(self.files())
-        for field in ("checkpoint_sha256", "training_data_sha256", "calibration_data_sha256"):
-            _check_sha256(f"manifest.{field}", getattr(self, field))
+        for name in ("checkpoint_sha256", "training_data_sha256", "calibration_data_sha256"):
+            _check_sha256(f"manifest.{name}", getattr(self, name))
 
     def files(self) -> tuple[ArtifactSpec | GoldenSpec, ...]:
         """Every file that the bundle must hold besides the manifest."""

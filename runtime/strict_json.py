@@ -2,6 +2,9 @@
 
 Used for the manifest of a model bundle and for the calibration file of a training run. Reading is strict on
 purpose: an unknown field, a missing one or a value of another type is an error that names the place.
+
+A field that joins a schema later has a default, what files from before it mean, and `ADDED_LATER` as its metadata. It
+is left out of the JSON where it has its default, so that such files are read, and written again to the same bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from runtime.errors import BundleError
 
 T = TypeVar("T")
 
+ADDED_LATER: Mapping[str, bool] = types.MappingProxyType({"added_later": True})
 _REMEDY = "use the version of the toolkit that wrote the file, or write it again with this one"
 
 
@@ -77,7 +81,7 @@ def _refuse_constant(name: str) -> object:
 
 def _encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: _encode(getattr(value, field.name)) for field in _stated_fields(value)}
     if isinstance(value, Mapping):
         return {key: _encode(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -89,6 +93,15 @@ def _encode(value: Any) -> Any:
     if isinstance(value, Real):
         return float(value)
     return value
+
+
+def _stated_fields(value: Any) -> list[dataclasses.Field[Any]]:
+    """Fields that JSON holds: all but the added ones that say what older files mean anyway."""
+    return [f for f in dataclasses.fields(value) if not _is_added(f) or getattr(value, f.name) != f.default]
+
+
+def _is_added(field: dataclasses.Field[Any]) -> bool:
+    return "added_later" in field.metadata
 
 
 def _decode(kind: Any, value: object, where: str) -> Any:
@@ -117,14 +130,16 @@ def _decode_dataclass(kind: type, value: object, where: str) -> Any:
     if not isinstance(value, dict):
         _refuse(where, repr(value), "an object")
     hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
+    fields = dataclasses.fields(kind)
+    names = [field.name for field in fields]
     unknown = sorted(set(value) - set(names))
-    missing = sorted(set(names) - set(value))
+    missing = sorted({field.name for field in fields if not _is_added(field)} - set(value))
     if unknown:
         _refuse_fields(where, f"the unknown field {unknown[0]!r}", names)
     if missing:
         _refuse_fields(where, f"no field {missing[0]!r}", names)
-    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})
+    given = [name for name in names if name in value]
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in given})
 
 
 def _decode_optional(kind: Any, value: object, where: str) -> Any:

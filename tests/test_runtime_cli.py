@@ -288,7 +288,8 @@ def test_inspect_shows_everything_without_any_backend(work):
         [sys.executable, "-c", code], cwd=work, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for fact in ("tiny", "16x16 RGB", "fp32: logit / 0.5 -0.5", "model.fp32.onnx", "opset 13", "golden.npz", "0" * 64):
+    for fact in ("tiny", "16x16 RGB", "fp32: logit / 0.5 -0.5", "empirical thresholds", "model.fp32.onnx", "opset 13",
+                 "golden.npz", "0" * 64):  # fmt: skip
         assert fact in done.stdout
 
 
@@ -305,11 +306,13 @@ def test_inspect_shows_parity_and_engines(tmp_path, capsys):
         profile=ProfileSpec(1, 8, 64), higher_precision_layers={"/head": "flips"}, parity=(),
     )  # fmt: skip
     (tmp_path / "m" / "model.engine").write_bytes((tmp_path / "m" / "model.fp32.onnx").read_bytes())
-    save_manifest(replace(manifest, artifacts=(*manifest.artifacts, engine)), tmp_path / "m")
+    conformal = {"fp32": replace(manifest.calibration["fp32"], threshold_rule="conformal")}
+    save_manifest(replace(manifest, artifacts=(*manifest.artifacts, engine), calibration=conformal), tmp_path / "m")
     assert main(["inspect", str(tmp_path / "m")]) == 0
     out = capsys.readouterr().out
     for fact in ("parity FAILED: onnxruntime against torch fp32", "engine rtx", "targets sm89; this version has no",
-                 "batch 1 / 8 / 64", "kept above fp32: /head (flips)", "parity not checked"):  # fmt: skip
+                 "batch 1 / 8 / 64", "kept above fp32: /head (flips)", "parity not checked",
+                 "conformal thresholds"):  # fmt: skip
         assert fact in out
 
 

@@ -241,6 +241,33 @@ def test_calibration_alone_survives_json():
     assert from_jsonable(CalibrationSpec, plain, subject="calibration") == CALIBRATION
 
 
+def test_bundle_from_before_the_rule_was_recorded_is_read_and_written_to_the_same_bytes(manifest):
+    text = manifest_to_json(manifest)
+    fields_then = {"temperature", "bias", "real_threshold", "fake_threshold", "real_flagged_rate", "fake_missed_rate"}
+    assert set(json.loads(text)["calibration"]["fp32"]) == fields_then
+    read = manifest_from_json(text)
+    assert {spec.threshold_rule for spec in read.calibration.values()} == {"empirical"}
+    assert manifest_to_json(read) == text
+
+
+def test_conformal_rule_travels_with_the_bundle(manifest):
+    conformal = {name: replace(spec, threshold_rule="conformal") for name, spec in manifest.calibration.items()}
+    changed = replace(manifest, calibration=conformal)
+    text = manifest_to_json(changed)
+    assert manifest_from_json(text) == changed
+    assert json.loads(text)["calibration"]["int8"]["threshold_rule"] == "conformal"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"), [("guessed", "threshold_rule: got 'guessed', wanted one of"), ("empirical", "manifest_sha256")]
+)
+def test_unknown_rule_and_a_second_way_to_write_the_default_are_refused(manifest, rule, message):
+    plain = json.loads(manifest_to_json(manifest))
+    plain["calibration"]["fp32"]["threshold_rule"] = rule
+    with pytest.raises(BundleError, match=message):
+        manifest_from_json(_rehashed(plain))
+
+
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (2, 1, 4), (1, 5, 4)])
 def test_profile_out_of_order_is_refused(sizes):
     with pytest.raises(BundleError, match="min_batch <= opt_batch <= max_batch"):

@@ -96,7 +96,7 @@ def test_gradients_go_past_the_store(model, images, tmp_path):
 def test_damaged_file_is_refused_with_a_remedy(tmp_path):
     path = EmbeddingStore(tmp_path / "other", "weights").path
     (tmp_path / path.name).write_bytes(b"not a database" * 1000)
-    with pytest.raises(TrainingError, match="wanted a file of embeddings that can be read and written: .*delete"):
+    with pytest.raises(TrainingError, match=r"wanted a file of embeddings that can be read and written: .*delete"):
         EmbeddingStore(tmp_path, "weights")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ from training import tiny_config, write_pictures
 from runtime.manifest import CalibrationSpec
 from train.checkpoint import load_calibration, load_detector, save_calibration
 from train.data import load_split
-from train.errors import DataError
+from train.errors import CheckpointError, ConfigError, DataError
 from train.evaluate import evaluate_run, main
 from train.metrics import detection_metrics
 from train.pictures import PictureRecord
+from train.report import report_from_jsonable
+from train.robustness import RobustnessConfig
 from train.run import train
-from train.scoring import score_pictures
+from train.scoring import preprocess_spec, score_images, score_pictures
+from train.variants import VariantDataset, variant_logits
 
 SPEC = CalibrationSpec(2.0, 0.1, -1.0, 1.0, 0.01, 0.05)
 
@@ -74,6 +78,7 @@ def test_report_has_every_generator_worst_first_and_every_file(
     assert spread.interval.low < spread.mean < spread.interval.high
     assert report.calibration == SPEC
     assert sorted(p.name for p in (run / "report").iterdir()) == [
+        "calibration.png",
         "evaluation.json",
         "evaluation.md",
         "evaluation.png",
@@ -160,17 +165,67 @@ def test_command_line_explains_what_is_missing(
     assert message in capsys.readouterr().err
 
 
-def test_command_line_scores_with_the_trained_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_pictures(tmp_path / "data", counts={"train": 12, "val": 12, "test": 6})
-    folder = tmp_path / "runs" / "tiny"
-    folder.mkdir(parents=True)
-    train(tiny_config(data), folder)
-    assert main(["--run", str(folder), "--data", str(data), "--draws", "20", "--no-progress"]) == 0
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A finished run of the tiny model, and its pictures."""
+    root = tmp_path_factory.mktemp("trained")
+    data = write_pictures(root / "data", counts={"train": 12, "val": 12, "test": 6})
+    run = root / "runs" / "tiny"
+    run.mkdir(parents=True)
+    train(tiny_config(data), run)
+    return run, data
+
+
+def test_command_line_scores_with_the_trained_detector(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, data = trained
+    operations = ["--robustness", "--robustness-operations", "blur", "jpeg", "--robustness-jpeg", "40"]
+    options = ["--draws", "20", "--no-progress", "--out", str(tmp_path), "--real-flagged-rates", "0.1", "0.01"]
+    assert main(["--run", str(folder), "--data", str(data), *options, *operations, "--robustness-blur", "0", "1"]) == 0
     out = capsys.readouterr().out
     assert "mean over generators" in out
-    written = json.loads((folder / "report" / "evaluation.json").read_text())
+    assert "robustness: 12 of 12 pictures, 2 variants of each" in out
+    written = json.loads((tmp_path / "evaluation.json").read_text())
     detector, records = load_detector(folder), load_split(data, "test").records
     logits = score_pictures(detector, records, progress=False).logits
     expected = detection_metrics(logits, np.array([r.label for r in records]), calibration=load_calibration(folder))
     assert written["generators"][0]["metrics"]["auc"] == pytest.approx(expected.auc)
     assert written["data_sha256"] == load_split(data, "test").content_sha256()
+    report = report_from_jsonable(written, subject="report")
+    assert report.robustness is not None
+    for curve in report.robustness.curves:  # untouched: the plain evaluation, to the bit
+        mean = asdict(curve.points[0].mean)
+        assert {n: s.mean for n, s in report.spread.items() if s is not None and n in mean}.items() <= mean.items()
+        assert curve.points[1].mean.logit_change > 0
+    assert report.calibration_report is not None
+    assert report.calibration_report.thresholds is not None
+    assert [row.needed for row in report.calibration_report.thresholds.rows] == [10, 100]
+    text = (tmp_path / "evaluation.md").read_text()
+    shown = {name: (tmp_path / name).is_file() for name in ("evaluation.png", "calibration.png", "robustness.png")}
+    assert all(f"({name})" in text and there for name, there in shown.items())
+
+
+def test_identity_gives_the_logits_of_the_trained_detector_to_the_bit(trained: tuple[Path, Path]) -> None:
+    folder, data = trained
+    detector, records = load_detector(folder), load_split(data, "test").records
+    dataset = VariantDataset(records, [("blur", 1.0), ("noise", 0.0)], preprocess_spec(detector.encoder))
+    logits = variant_logits(dataset, lambda images: score_images(detector, images).logits, batch_size=5, progress=False)
+    plain = score_pictures(detector, records, batch_size=5, progress=False).logits
+    assert np.array_equal(logits[1], plain)
+    assert not np.array_equal(logits[0], plain)
+
+
+def test_rates_asked_of_a_run_without_validation_scores_are_refused(run: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "data", {"sd": (3, 3)})
+    with pytest.raises(CheckpointError, match=r"got a run without validation_scores.json"):
+        evaluate_run(run, tmp_path / "data", scorer=scorer({"sd": 1.0}), real_flagged_rates=(0.1,))
+    report = evaluate_run(run, tmp_path / "data", scorer=scorer({"sd": 1.0}), draws=10)
+    assert report.calibration_report is not None
+    assert report.calibration_report.thresholds is None
+    assert report.robustness is None
+
+
+def test_robustness_of_another_scorer_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="robustness: got a scorer, wanted the run's own detector"):
+        evaluate_run(run, tmp_path, scorer=scorer({}), robustness=RobustnessConfig(enabled=True))

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from runtime.manifest import CalibrationSpec
+from runtime.manifest import CalibrationSpec, ThresholdRule
 from train.errors import DataError
 from train.metrics import (
     detection_metrics,
     expected_calibration_error,
     fake_missed_threshold,
     fit_calibration,
+    needed_pictures,
     real_flagged_threshold,
 )
 
@@ -58,6 +59,70 @@ def test_thresholds_of_a_hand_computed_case() -> None:
     logits, labels = np.array([0.0, 1.0, 2.0, 3.0, 10.0, 11.0, 12.0, 13.0]), np.repeat([0, 1], 4)
     assert real_flagged_threshold(logits, labels, rate=0.25) == 2.0
     assert 10.99 < fake_missed_threshold(logits, labels, rate=0.25) < 11.0
+
+
+def test_conformal_thresholds_of_a_hand_computed_case() -> None:
+    # Of 9 in each class at a rate of 0.2, k = ceil(10 * 0.8) = 8: one lies beyond, as with the empirical rule.
+    logits, labels = np.arange(18.0), np.repeat([0, 1], 9)
+    assert real_flagged_threshold(logits, labels, rate=0.2, rule="conformal") == 7.0
+    assert 9.99 < fake_missed_threshold(logits, labels, rate=0.2, rule="conformal") < 10.0
+    # At 0.3, k = 7, so two lie beyond. At 0.1, k = 9, so none does, where the empirical rule needs a tenth picture.
+    assert real_flagged_threshold(logits, labels, rate=0.3, rule="conformal") == 6.0
+    assert real_flagged_threshold(logits, labels, rate=0.1, rule="conformal") == 8.0
+    assert 8.99 < fake_missed_threshold(logits, labels, rate=0.1, rule="conformal") < 9.0
+    # Of 10 at 0.2, the empirical rule leaves two beyond, the conformal one k = ceil(11 * 0.8) = 9, that is one.
+    ten, labels = np.arange(20.0), np.repeat([0, 1], 10)
+    assert real_flagged_threshold(ten, labels, rate=0.2, rule="empirical") == 7.0
+    assert real_flagged_threshold(ten, labels, rate=0.2, rule="conformal") == 8.0
+
+
+def test_conformal_rule_keeps_the_rate_on_new_pictures_and_the_empirical_rule_does_not() -> None:
+    # Uniform scores: a new one lies above the threshold t with chance 1 - t, so nothing has to be drawn for it.
+    rng, labels, rate = np.random.default_rng(0), np.repeat([0, 1], 30), 0.1
+    flagged: dict[str, list[float]] = {"empirical": [], "conformal": []}
+    missed: dict[str, list[float]] = {"empirical": [], "conformal": []}
+    for _ in range(1500):
+        scores = rng.random(60)
+        for rule in ("empirical", "conformal"):
+            flagged[rule].append(1 - real_flagged_threshold(scores, labels, rate=rate, rule=rule))
+            missed[rule].append(fake_missed_threshold(scores, labels, rate=rate, rule=rule))
+    for chances in (flagged, missed):
+        assert np.mean(chances["conformal"]) == pytest.approx(3 / 31, abs=0.006)  # k = ceil(31 * 0.9) = 28
+        assert np.mean(chances["conformal"]) <= rate
+        assert np.mean(chances["empirical"]) == pytest.approx(4 / 31, abs=0.006)  # three of 30 lie beyond
+
+
+def test_conformal_rule_keeps_the_rate_where_scores_are_tied() -> None:
+    rng, labels, rate = np.random.default_rng(1), np.repeat([0, 1], 30), 0.2
+    flagged, missed = [], []
+    for _ in range(1000):
+        scores = rng.integers(0, 8, 60).astype(np.float64)  # eight values, equally likely
+        above = real_flagged_threshold(scores, labels, rate=rate, rule="conformal")
+        below = fake_missed_threshold(scores, labels, rate=rate, rule="conformal")
+        flagged.append(np.mean(np.arange(8) > above))
+        missed.append(np.mean(np.arange(8) <= below))
+    assert 0.1 < np.mean(flagged) <= rate
+    assert 0.1 < np.mean(missed) <= rate
+
+
+@pytest.mark.parametrize(("rate", "rule", "needed"), [(0.01, "empirical", 100), (0.01, "conformal", 99),
+                                                      (0.05, "conformal", 19), (0.3, "conformal", 3),
+                                                      (0.99, "conformal", 1)])  # fmt: skip
+def test_rate_is_resolved_from_the_stated_number_of_pictures_on(rate: float, rule: ThresholdRule, needed: int) -> None:
+    assert needed_pictures(rate, rule) == needed
+    assert np.isfinite(real_flagged_threshold(*two_classes(needed, 5), rate=rate, rule=rule))
+    with pytest.raises(ValueError, match=rf"{needed} are needed for {rule} thresholds"):
+        real_flagged_threshold(*two_classes(needed - 1, 5), rate=rate, rule=rule)
+
+
+def test_calibration_says_which_rule_fitted_its_thresholds() -> None:
+    logits, labels = two_classes(99, 99)
+    with pytest.raises(DataError, match="99 real images cannot resolve"):
+        fit_calibration(logits, labels)
+    spec = fit_calibration(logits, labels, rule="conformal")
+    assert spec.threshold_rule == "conformal"
+    assert spec.fake_threshold == logits[labels == 0].max()
+    assert fit_calibration(*two_classes(100, 100)).threshold_rule == "empirical"
 
 
 def test_too_few_real_images_for_the_rate_are_refused() -> None:

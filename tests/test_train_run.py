@@ -17,8 +17,10 @@ from train.checkpoint import load_calibration, load_config, load_detector, load_
 from train.config import ModelConfig, Stage2Config
 from train.data import load_split
 from train.errors import CheckpointError, ConfigError, DataError, TrainingError
+from train.metrics import fit_calibration
 from train.run import main, parse_options, train
 from train.scoring import mean_natural_trace, score_pictures
+from train.validation_scores import load_validation_scores, require_validation_scores
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,7 @@ def test_run_leaves_every_file(finished, config):
         "stage2.safetensors",
         "state.pt",
         "calibration.json",
+        "validation_scores.json",
         "history.jsonl",
     } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
@@ -112,10 +115,35 @@ def test_resumed_run_gives_the_same_numbers_as_an_undisturbed_one(config, finish
     assert load_calibration(run) == load_calibration(finished)
 
 
-def test_resuming_a_finished_run_changes_nothing(finished):
-    before = (finished / "stage2.safetensors").read_bytes()
+def test_validation_scores_are_those_that_the_calibration_was_fitted_on(finished, data):
+    scores = require_validation_scores(finished)
+    records = load_split(data, "val").records
+    assert scores.pictures[0] == "val/halved/0_real/000.png"
+    assert scores.labels == tuple(record.label for record in records)
+    refitted = fit_calibration(*scores.arrays(), real_flagged_rate=0.1, fake_missed_rate=0.1)
+    assert refitted == load_calibration(finished)
+
+
+def test_damaged_validation_scores_are_refused(finished, tmp_path):
+    assert load_validation_scores(tmp_path) is None
+    plain = json.loads((finished / "validation_scores.json").read_text())
+    for change, message in (({"logits": [0.5]}, "got 20 labels, 1 logits"), ({"labels": [2] * 20}, "0 or 1")):
+        (tmp_path / "validation_scores.json").write_text(json.dumps(plain | change))
+        with pytest.raises(CheckpointError, match=message):
+            load_validation_scores(tmp_path)
+    (tmp_path / "validation_scores.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        load_validation_scores(tmp_path)
+
+
+def test_resuming_a_finished_run_changes_nothing_but_adds_the_scores_that_older_runs_lack(finished):
+    names = ("stage2.safetensors", "calibration.json", "validation_scores.json")
+    before = [(finished / name).read_bytes() for name in names]
+    (finished / "validation_scores.json").unlink()
+    with pytest.raises(CheckpointError, match=r"got a run without validation_scores.json.*--resume"):
+        require_validation_scores(finished)
     assert main(["--resume", str(finished)]) == 0
-    assert (finished / "stage2.safetensors").read_bytes() == before
+    assert [(finished / name).read_bytes() for name in names] == before
     assert len(history(finished)) == 4
 
 

@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from train.markdown import markdown_table
 from train.pictures import CorruptPicture
-from train.report import markdown_table
 
 SHOWN = 20
 CLASS_HEAD = (

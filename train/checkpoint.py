@@ -4,6 +4,7 @@
     stage1.safetensors   encoder and both trace heads
     stage2.safetensors   the detector, with the mean natural trace
     state.pt             optimiser, random numbers and position, for `--resume`; --method nearest has none
+    validation_scores.json  logits and labels of the validation pictures
     calibration.json     temperature, bias and thresholds fitted on the validation pictures
     history.jsonl        one line for each epoch
     report/              what `train.evaluate` writes

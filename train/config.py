@@ -17,6 +17,7 @@ import tyro
 from cpp_ext.ops import Backend
 from cpp_ext.reference import Denominator, Form
 from runtime.errors import BundleError
+from runtime.manifest import ThresholdRule
 from runtime.strict_json import from_jsonable
 from train.encoder import PACKAGE_ENCODER, PACKAGE_WEIGHTS
 from train.equalize import EqualizeConfig, check_equalize
@@ -207,6 +208,8 @@ class DecisionConfig:
     """Wanted share of real pictures called fake."""
     fake_missed_rate: float = 0.05
     """Wanted share of fake pictures called real; between the two thresholds the verdict is uncertain."""
+    threshold_rule: ThresholdRule = "empirical"
+    """Keep the rates on the validation pictures themselves, or (conformal) in expectation on new pictures like them."""
 
 
 @dataclass(frozen=True)

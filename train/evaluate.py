@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 from runtime.errors import NTFError
 from runtime.manifest import CalibrationSpec
 from train.bootstrap import METRICS, Draws, OriginalsBootstrap, interval
+from train.calibration import REAL_FLAGGED_RATES, check_rates, measure_calibration
+from train.calibration_report import CALIBRATION_FIGURE_FILE, write_calibration_figure
 from train.checkpoint import load_calibration, load_detector, newest_run, save_json
 from train.embedding_store import EmbeddingStore
 from train.equalize import EqualizeConfig, check_equalize
+from train.errors import ConfigError
 from train.feature_cache import weights_sha256
 from train.integrity import CORRUPT_FILE, checked_split, corrupt_counts
 from train.metrics import Array, detection_metrics
@@ -26,8 +29,11 @@ from train.pictures import CorruptPolicy, PictureRecord, PictureSet
 from train.provenance import environment
 from train.report import FIGURE_FILE, EvaluationReport, SetReport, Spread, short_table, write_report
 from train.report_figure import write_figure
-from train.scoring import score_pictures
+from train.robustness import RobustnessConfig, check_robustness, measure_robustness
+from train.robustness_report import ROBUSTNESS_FIGURE_FILE, write_robustness_figure
+from train.scoring import preprocess_spec, score_images, score_pictures
 from train.trivial_features import generator_aucs
+from train.validation_scores import load_validation_scores, require_validation_scores
 
 ALL = "all"
 Scorer = Callable[[Sequence[PictureRecord]], Array]  # raw logits, (N,), in the records' order
@@ -50,6 +56,9 @@ class Options:
     equalize: Annotated[EqualizeConfig, tyro.conf.arg(name="")] = field(default_factory=EqualizeConfig)
     cache_dir: Path | None = None
     """Folder in which training runs keep the embeddings of this encoder (train.run --cache-dir)."""
+    real_flagged_rates: tuple[float, ...] | None = None
+    """Wanted shares of real pictures flagged in the table of thresholds; by default 0.1 % to 10 %."""
+    robustness: Annotated[RobustnessConfig, tyro.conf.arg(name="")] = field(default_factory=RobustnessConfig)
     batch_size: int = 32
     """Pictures in a forward pass."""
     workers: int = 0
@@ -74,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             corrupt=options.corrupt,
             equalize=options.equalize,
             cache_dir=options.cache_dir,
+            real_flagged_rates=options.real_flagged_rates,
+            robustness=options.robustness,
             batch_size=options.batch_size,
             workers=options.workers,
             draws=options.draws,
@@ -99,6 +110,8 @@ def evaluate_run(
     corrupt: CorruptPolicy = "refuse",
     equalize: EqualizeConfig | None = None,
     cache_dir: Path | None = None,
+    real_flagged_rates: Sequence[float] | None = None,
+    robustness: RobustnessConfig | None = None,
     batch_size: int = 32,
     workers: int = 0,
     draws: int = 1000,
@@ -116,6 +129,8 @@ def evaluate_run(
         corrupt: what to do where pictures cannot be decoded.
         equalize: treatment of both classes before they are scored.
         cache_dir: folder of embeddings that were computed before, or None.
+        real_flagged_rates: rates of the table of thresholds; where they are given, the run must have validation scores.
+        robustness: what is done to the pictures to see whether verdicts hold; nothing by default.
         batch_size: pictures in a forward pass.
         workers: processes that decode.
         draws: bootstrap resamplings.
@@ -126,9 +141,14 @@ def evaluate_run(
     Raises:
         NTFError: the run is not finished, or the data cannot be used.
     """
-    equalize = equalize or EqualizeConfig()
+    equalize, robustness = equalize or EqualizeConfig(), robustness or RobustnessConfig()
     check_equalize(equalize)
+    check_robustness(robustness)
+    check_rates(rates := REAL_FLAGGED_RATES if real_flagged_rates is None else real_flagged_rates)
+    if robustness.enabled and scorer is not None:
+        raise ConfigError("robustness", got="a scorer", wanted="the run's own detector", remedy="leave one of them out")
     calibration = load_calibration(run)
+    validation = load_validation_scores(run) if real_flagged_rates is None else require_validation_scores(run)
     wanted = None if split == ALL else split
     pictures = checked_split(data, wanted, corrupt=corrupt, equalize=equalize, workers=workers, progress=progress)
     print(pictures.describe(), equalize.describe(), sep="\n", flush=True)
@@ -142,18 +162,49 @@ def evaluate_run(
         def scorer(records: Sequence[PictureRecord]) -> Array:
             return score_pictures(detector, records, batch_size=batch_size, workers=workers, progress=progress).logits
 
-    logits = scorer(pictures.records)
+    logits, labels = scorer(pictures.records), _labels(pictures)
     report = evaluation_report(pictures, logits, calibration, run=str(run), data=str(data), split=split, draws=draws)
+    by_name = _rows_by(pictures, "generator")
+    rows = {entry.name: by_name[entry.name] for entry in report.generators}
+    calibrated = measure_calibration(logits, labels, rows, calibration, validation=validation, rates=rates)
+    report = replace(report, calibration_report=calibrated)
+    if robustness.enabled:
+        measured = measure_robustness(
+            pictures.records,
+            logits,
+            calibration,
+            robustness,
+            generators=tuple(rows),
+            score=lambda images: score_images(detector, images).logits,
+            spec=preprocess_spec(detector.encoder),
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+        )
+        report = replace(report, robustness=measured)
     written = list(write_report(report, folder, paper_sections(report, wanted=paper_tables)))
     if pictures.corrupt:
         listed = {"counts": corrupt_counts(pictures.corrupt), "pictures": [asdict(p) for p in pictures.corrupt]}
         save_json(folder / CORRUPT_FILE, listed)
         written.append(folder / CORRUPT_FILE)
-    rows = _rows_by(pictures, "generator")
-    figure = folder / FIGURE_FILE
-    write_figure(figure, logits, _labels(pictures), {e.name: rows[e.name] for e in report.generators}, calibration)
-    print("wrote " + ", ".join(map(str, (*written, figure))), flush=True)
+    written += _write_figures(folder, report, logits, labels, rows)
+    print("wrote " + ", ".join(map(str, written)), flush=True)
     return report
+
+
+def _write_figures(
+    folder: Path, report: EvaluationReport, logits: Array, labels: NDArray[np.int64], rows: dict[str, NDArray[np.intp]]
+) -> list[Path]:
+    """Every PNG that the report's Markdown shows."""
+    written = [folder / FIGURE_FILE]
+    write_figure(folder / FIGURE_FILE, logits, labels, rows, report.calibration)
+    if report.calibration_report is not None:
+        write_calibration_figure(folder / CALIBRATION_FIGURE_FILE, report.calibration_report)
+        written.append(folder / CALIBRATION_FIGURE_FILE)
+    if report.robustness is not None:
+        write_robustness_figure(folder / ROBUSTNESS_FIGURE_FILE, report.robustness)
+        written.append(folder / ROBUSTNESS_FIGURE_FILE)
+    return written
 
 
 def evaluation_report(

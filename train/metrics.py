@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from runtime.manifest import CalibrationSpec
+from runtime.manifest import CalibrationSpec, ThresholdRule
 from train.errors import DataError
 
 Array = NDArray[np.floating]
@@ -63,13 +63,18 @@ class DetectionMetrics:
     ece_calibrated: float
 
 
-def real_flagged_threshold(logits: Array, labels: Labels, *, rate: float = 0.01) -> float:
+def real_flagged_threshold(
+    logits: Array, labels: Labels, *, rate: float = 0.01, rule: ThresholdRule = "empirical"
+) -> float:
     """Smallest logit threshold that flags at most `rate` of the real images.
 
     Args:
         logits: (N,) float, larger means more likely fake, any scale.
         labels: (N,) int, 0 real, 1 fake.
         rate: wanted share of real images called fake, in (0, 1).
+        rule: of which images: these themselves ("empirical"), or, in expectation, new ones that are exchangeable with
+            these ("conformal": the k-th smallest logit of n real images, k = ceil((n + 1) (1 - rate)), which is
+            class-conditional split conformal prediction: Vovk et al. 2005; Angelopoulos & Bates, arXiv:2107.07511).
 
     Returns:
         Threshold in logit units; an image is called fake when its logit is strictly above it.
@@ -77,17 +82,20 @@ def real_flagged_threshold(logits: Array, labels: Labels, *, rate: float = 0.01)
     Raises:
         ValueError: no real image, or too few of them to resolve `rate`.
     """
-    real = np.sort(_of_class(logits, labels, 0, rate))
-    return float(real[-1 - _allowed(len(real), rate)])
+    real = np.sort(_of_class(logits, labels, 0, rate, rule))
+    return float(real[-1 - _allowed(len(real), rate, rule)])
 
 
-def fake_missed_threshold(logits: Array, labels: Labels, *, rate: float = 0.05) -> float:
+def fake_missed_threshold(
+    logits: Array, labels: Labels, *, rate: float = 0.05, rule: ThresholdRule = "empirical"
+) -> float:
     """Largest logit threshold that lets at most `rate` of the fake images pass as real.
 
     Args:
         logits: (N,) float, larger means more likely fake, any scale.
         labels: (N,) int, 0 real, 1 fake.
         rate: wanted share of fake images called real, in (0, 1).
+        rule: as in `real_flagged_threshold`, mirrored: conformal takes the k-th largest logit of the fake images.
 
     Returns:
         Threshold in logit units; an image is called real when its logit is at or below it. It is the largest
@@ -96,21 +104,29 @@ def fake_missed_threshold(logits: Array, labels: Labels, *, rate: float = 0.05) 
     Raises:
         ValueError: no fake image, or too few of them to resolve `rate`.
     """
-    fake = np.sort(_of_class(logits, labels, 1, rate))
-    first_found = fake[_allowed(len(fake), rate)]
+    fake = np.sort(_of_class(logits, labels, 1, rate, rule))
+    first_found = fake[_allowed(len(fake), rate, rule)]
     return float(np.nextafter(first_found, fake.dtype.type(-np.inf)))
 
 
 def fit_calibration(
-    logits: Array, labels: Labels, *, real_flagged_rate: float = 0.01, fake_missed_rate: float = 0.05
+    logits: Array,
+    labels: Labels,
+    *,
+    real_flagged_rate: float = 0.01,
+    fake_missed_rate: float = 0.05,
+    rule: ThresholdRule = "empirical",
 ) -> CalibrationSpec:
     """Temperature, bias and both verdict thresholds, fitted on validation pictures.
+
+    The temperature is that of Guo et al. 2017 (arXiv:1706.04599), section 4.2, fitted with Platt's bias (Platt 1999).
 
     Args:
         logits: (N,) float, raw logits of validation pictures, larger means more likely fake.
         labels: (N,) int, 0 real, 1 fake; both classes.
         real_flagged_rate: wanted share of real pictures with the verdict `fake`.
         fake_missed_rate: wanted share of fake pictures with the verdict `real`.
+        rule: on which pictures the rates are kept, see `real_flagged_threshold`.
 
     Raises:
         DataError: one class only, too few pictures for the rates, or logits that do not rise with the label.
@@ -118,7 +134,7 @@ def fit_calibration(
     Note:
         The probabilities hold for the share of fakes in the validation pictures; other shares shift them all.
     """
-    flagged, missed = _thresholds(logits, labels, real_flagged_rate, fake_missed_rate)
+    flagged, missed = _thresholds(logits, labels, real_flagged_rate, fake_missed_rate, rule)
     slope, bias = _platt(np.asarray(logits, np.float64), np.asarray(labels))
     if not slope > 0:
         raise DataError(
@@ -134,25 +150,28 @@ def fit_calibration(
         fake_threshold=flagged,
         real_flagged_rate=real_flagged_rate,
         fake_missed_rate=fake_missed_rate,
+        threshold_rule=rule,
     )
 
 
-def require_calibration_pictures(labels: Labels, *, real_flagged_rate: float, fake_missed_rate: float) -> None:
+def require_calibration_pictures(
+    labels: Labels, *, real_flagged_rate: float, fake_missed_rate: float, rule: ThresholdRule = "empirical"
+) -> None:
     """Refuse, before anything is trained, validation pictures that `fit_calibration` will refuse.
 
     Raises:
         DataError: one class only, or too few pictures for the rates.
     """
-    _thresholds(np.zeros(len(labels)), labels, real_flagged_rate, fake_missed_rate)
+    _thresholds(np.zeros(len(labels)), labels, real_flagged_rate, fake_missed_rate, rule)
 
 
 def _thresholds(
-    logits: Array, labels: Labels, real_flagged_rate: float, fake_missed_rate: float
+    logits: Array, labels: Labels, real_flagged_rate: float, fake_missed_rate: float, rule: ThresholdRule
 ) -> tuple[float, float]:
     try:
         return (
-            real_flagged_threshold(logits, labels, rate=real_flagged_rate),
-            fake_missed_threshold(logits, labels, rate=fake_missed_rate),
+            real_flagged_threshold(logits, labels, rate=real_flagged_rate, rule=rule),
+            fake_missed_threshold(logits, labels, rate=fake_missed_rate, rule=rule),
         )
     except ValueError as error:
         raise DataError(
@@ -161,6 +180,12 @@ def _thresholds(
             wanted=f"enough validation pictures for rates of {real_flagged_rate:g} and {fake_missed_rate:g}",
             remedy="add validation pictures, or choose larger rates with --real-flagged-rate and --fake-missed-rate",
         ) from error
+
+
+def needed_pictures(rate: float, rule: ThresholdRule = "empirical") -> int:
+    """Smallest number of pictures of a class that resolves a rate: n * rate >= 1, conformal (n + 1) * rate >= 1."""
+    whole = math.ceil(1.0 / rate - _COUNT_SLACK)
+    return max(1, whole - 1) if rule == "conformal" else whole
 
 
 def detection_metrics(logits: Array, labels: Labels, *, calibration: CalibrationSpec) -> DetectionMetrics:
@@ -218,7 +243,7 @@ def expected_calibration_error(probability: Array, labels: Labels, *, bins: int 
 
 
 def _platt(logits: NDArray[np.float64], labels: Labels) -> tuple[float, float]:
-    """Slope and bias of Platt scaling with his smoothed targets, which keep separable data finite."""
+    """Slope and bias of Platt scaling (Platt 1999): smoothed targets keep separable data finite."""
     fakes = int((labels == 1).sum())
     reals = len(labels) - fakes
     target = np.where(labels == 1, (fakes + 1) / (fakes + 2), 1 / (reals + 2))
@@ -256,21 +281,24 @@ def _equal_error_rate(curve: tuple[NDArray[np.float64], NDArray[np.float64]]) ->
     return float(flagged[after - 1] + weight * (flagged[after] - flagged[after - 1]))
 
 
-def _of_class(logits: Array, labels: Labels, label: int, rate: float) -> Array:
+def _of_class(logits: Array, labels: Labels, label: int, rate: float, rule: ThresholdRule) -> Array:
     if not 0.0 < rate < 1.0:
         raise ValueError(f"rate must lie in (0, 1), got {rate:g}")
     logits, labels = _checked(logits, labels)
     chosen: Array = logits[labels == label]
     name = "fake" if label else "real"
-    if len(chosen) * rate < 1.0 - _COUNT_SLACK:
-        needed = math.ceil(1.0 / rate - _COUNT_SLACK)
-        raise ValueError(f"{len(chosen)} {name} images cannot resolve a rate of {rate:g}, {needed} are needed")
+    needed = needed_pictures(rate, rule)
+    if len(chosen) < needed:
+        raise ValueError(
+            f"{len(chosen)} {name} images cannot resolve a rate of {rate:g}, {needed} are needed for {rule} thresholds"
+        )
     return chosen
 
 
-def _allowed(count: int, rate: float) -> int:
-    """Largest number of images that is at most `rate` of `count`."""
-    return min(int(count * rate + _COUNT_SLACK), count - 1)
+def _allowed(count: int, rate: float, rule: ThresholdRule) -> int:
+    """Images beyond the threshold: the most that are `rate` of `count`; conformal, n - k = floor((n + 1) rate) - 1."""
+    most = int(count * rate + _COUNT_SLACK) if rule == "empirical" else int((count + 1) * rate + _COUNT_SLACK) - 1
+    return min(most, count - 1)
 
 
 def _checked(logits: Array, labels: Labels) -> tuple[Array, Labels]:

@@ -11,8 +11,13 @@ from typing import Any
 from runtime.manifest import CalibrationSpec
 from runtime.strict_json import from_jsonable
 from train.bootstrap import MIN_ORIGINALS, Interval
+from train.calibration import CalibrationReport
+from train.calibration_report import calibration_section
 from train.checkpoint import write_atomically
+from train.markdown import markdown_table, percent
 from train.metrics import DetectionMetrics
+from train.robustness import RobustnessReport
+from train.robustness_report import robustness_section
 
 JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "evaluation.json", "evaluation.md", "evaluation.png"
 NAMES_NOTE = (
@@ -71,6 +76,8 @@ class EvaluationReport:
         trivial_auc: by generator, what features alone reach that have nothing to do with synthesis (`train.audit`);
             None where a class is missing or has too few originals.
         environment: tool, machine and versions.
+        calibration_report: how well probabilities and wanted rates hold; None in reports from before it existed.
+        robustness: what happens when pictures are changed; None where that was not asked for.
     """
 
     run: str
@@ -87,6 +94,8 @@ class EvaluationReport:
     corrupt_left_out: int
     trivial_auc: dict[str, float | None]
     environment: dict[str, Any]
+    calibration_report: CalibrationReport | None = None
+    robustness: RobustnessReport | None = None
 
 
 def report_json(report: EvaluationReport) -> str:
@@ -101,7 +110,13 @@ def report_from_jsonable(values: object, *, subject: str) -> EvaluationReport:
         BundleError: an unknown field, a missing one or a value of another type.
     """
     if isinstance(values, dict):
-        values = {"treatment": "pictures as they are stored", "corrupt_left_out": 0, "trivial_auc": {}} | values
+        values = {
+            "treatment": "pictures as they are stored",
+            "corrupt_left_out": 0,
+            "trivial_auc": {},
+            "calibration_report": None,
+            "robustness": None,
+        } | values
     return from_jsonable(EvaluationReport, values, subject=subject)
 
 
@@ -149,6 +164,10 @@ def report_markdown(report: EvaluationReport, further: Sequence[str] = ()) -> st
         sections.append("## Families: ranking\n\n" + _ranking_table(report.families, {}))
         sections.append("## Families: decisions\n\n" + _decision_table(report.families))
     sections.append(f"![ROC per generator and reliability]({FIGURE_FILE})")
+    if report.calibration_report is not None:
+        sections.append(calibration_section(report.calibration_report, report.calibration))
+    if report.robustness is not None:
+        sections.append(robustness_section(report.robustness))
     sections.extend(further)
     sections.append("## Where this comes from\n\n" + _provenance(report))
     return "\n\n".join(sections) + "\n"
@@ -161,11 +180,6 @@ def write_report(report: EvaluationReport, folder: Path, further: Sequence[str] 
     for path, text in zip(paths, (report_json(report), report_markdown(report, further)), strict=True):
         write_atomically(path, text.encode())
     return paths
-
-
-def percent(share: float | None) -> str:
-    """A share in percent with one decimal, or n/a."""
-    return "n/a" if share is None else f"{100 * share:.1f}"
 
 
 def _with_interval(share: float | None, interval: Interval | None) -> str:
@@ -265,9 +279,3 @@ def _provenance(report: EvaluationReport) -> str:
             f"- bootstrap: {report.bootstrap_draws:,} draws",
         )
     )
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, the first column to the left and the others to the right."""
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])

@@ -83,6 +83,7 @@ from train.session import (
 )
 from train.shared_traces import take_history, trace_record
 from train.stages import CrossEntropyStage, DetectorStage, TraceStage
+from train.validation_scores import save_validation_scores, validation_scores
 
 RUNS = Path("runs")
 
@@ -404,7 +405,9 @@ def finish(session: Session, detector: NTFDetector) -> NTFDetector:
         labels,
         real_flagged_rate=config.decision.real_flagged_rate,
         fake_missed_rate=config.decision.fake_missed_rate,
+        rule=config.decision.threshold_rule,
     )
+    save_validation_scores(run, validation_scores(session.data.validation, scores.logits))
     save_calibration(run, calibration)
     print(
         f"{run}: trained and calibrated; real up to logit {calibration.real_threshold:.3f}, "
@@ -433,6 +436,7 @@ def load_training_data(config: RunConfig) -> TrainingData:
         np.array([record.label for record in validation.records]),
         real_flagged_rate=config.decision.real_flagged_rate,
         fake_missed_rate=config.decision.fake_missed_rate,
+        rule=config.decision.threshold_rule,
     )
     hashes = {"train_sha256": train.content_sha256(), "val_sha256": validation.content_sha256()}
     if config.adapt.adapt_real:

@@ -54,7 +54,6 @@ def score_pictures(
     Raises:
         PictureError: a picture cannot be decoded; nothing is left out.
     """
-    device = next(detector.parameters()).device
     loader = prepared_loader(records, preprocess_spec(detector.encoder), batch_size=batch_size, workers=workers)
     logits, similarity = [], []
     training = [module for module in detector.modules() if module.training]
@@ -62,14 +61,27 @@ def score_pictures(
     try:
         total = batch_count(len(records), batch_size)
         for images in track(loader, "scoring", total=total, disable=not progress):
-            embedding = detector.embed(images.to(device))
-            projected = detector.projection(embedding)
-            logits.append(detector.classify(embedding, projected).float().cpu())
-            similarity.append(detector.similarity_to_traces(projected).float().cpu())
+            scores = score_images(detector, images)
+            logits.append(scores.logits)
+            similarity.append(scores.trace_similarity)
     finally:
         for module in training:
             module.training = True
-    return Scores(torch.cat(logits).numpy(), torch.cat(similarity).numpy())
+    return Scores(np.concatenate(logits), np.concatenate(similarity))
+
+
+@torch.inference_mode()
+def score_images(detector: NTFDetector, images: torch.Tensor) -> Scores:
+    """Logits and trace similarities of one batch.
+
+    Args:
+        detector: in eval mode.
+        images: (N, H, W, 3) uint8, prepared.
+    """
+    embedding = detector.embed(images.to(next(detector.parameters()).device))
+    projected = detector.projection(embedding)
+    logits, similarity = detector.classify(embedding, projected), detector.similarity_to_traces(projected)
+    return Scores(logits.float().cpu().numpy(), similarity.float().cpu().numpy())
 
 
 @torch.inference_mode()
