@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from training import tiny_config, write_pictures
 
+from train.checkpoint import load_detector
 from train.encoder import Encoder
 from train.model import NTFDetector, PixelNormalizer, TraceModel, detector_from_traces, freeze_natural_traces
+from train.run import train
 
 
 def detector(kind="projection", encoder="test_resnet"):
@@ -78,3 +83,15 @@ def test_frozen_batch_norm_keeps_its_statistics_in_train_mode():
     model.embed(images())
     for name, value in model.encoder.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_head_width_is_that_of_every_head_and_survives_a_checkpoint(tmp_path):
+    data = write_pictures(tmp_path / "data", counts={"train": 4, "val": 10})
+    config = tiny_config(data)
+    config = replace(config, model=replace(config.model, head_width=24))
+    (tmp_path / "run").mkdir()
+    trained = train(config, tmp_path / "run")
+    loaded = load_detector(tmp_path / "run")
+    for detector in (trained, loaded):
+        assert [head[0].out_features for head in (detector.head_hom, detector.projection)] == [24, 24]
+    assert torch.equal(loaded.projection[2].weight, trained.projection[2].weight)

@@ -174,7 +174,9 @@ def load_detector(run: Path) -> NTFDetector:
     state = read_state(path)
     encoder = Encoder(model.encoder, **model.encoder_options())
     classifier = _room_for_neighbours(config, state) if METHODS[config.method].neighbours else None
-    detector = NTFDetector(encoder, model.embedding_dim, model.classifier_input, classifier)
+    detector = NTFDetector(
+        encoder, model.embedding_dim, model.classifier_input, classifier, head_width=model.head_width
+    )
     load_exactly(detector, state, source=path)
     return freeze_natural_traces(detector).eval()
 

@@ -43,6 +43,8 @@ class ModelConfig:
     """A .safetensors or torch file; "package" (ImageNet weights of tf_efficientnet_lite0); "none" (random)."""
     embedding_dim: int = 128
     """C, width of the projected rows."""
+    head_width: int = 0
+    """Hidden width of the heads; 0 takes the encoder's, which --encoder-depths can make large."""
     classifier_input: ClassifierInput = "projection"
     """What the classifier reads: z, the encoder's embedding, or both."""
     early_downsampling: bool = True
@@ -331,6 +333,7 @@ def check_config(config: RunConfig) -> None:
         ("--scl-weight", both, loss.scl_weight > 0 or loss.gamma > 0, "one of the two losses of Eq. (7)"),
         ("--train-share", config.train_share, 0 < config.train_share <= 1, "a share above 0 and up to 1"),
         ("--embedding-dim", config.model.embedding_dim, config.model.embedding_dim > 0, positive),
+        ("--head-width", config.model.head_width, config.model.head_width >= 0, "0 or more"),
         ("--hom-topk", config.loss.hom_topk, config.loss.hom_topk > 0, positive),
         ("--colour-jitter", config.augment.colour_jitter, 0 <= config.augment.colour_jitter < 1, "[0, 1)"),
         ("--grey", config.augment.grey, 0 <= config.augment.grey <= 1, "[0, 1]"),

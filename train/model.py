@@ -23,10 +23,17 @@ class DetectorOutput(NamedTuple):
 
 
 class ProjectionHead(nn.Sequential):
-    """Linear(d, d) - ReLU - Linear(d, C); its L2-normalised output is a row on the unit sphere."""
+    """Linear(d, h) - ReLU - Linear(h, C); its L2-normalised output is a row on the unit sphere.
 
-    def __init__(self, width: int, embedding_dim: int) -> None:
-        super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, embedding_dim))
+    Args:
+        width: d.
+        embedding_dim: C.
+        hidden: h; 0 for d.
+    """
+
+    def __init__(self, width: int, embedding_dim: int, hidden: int = 0) -> None:
+        hidden = hidden or width
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, embedding_dim))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         rows = super().forward(embeddings)
@@ -77,12 +84,14 @@ class TraceModel(EncodingModel):
     Args:
         encoder: E.
         embedding_dim: C, width of both heads' outputs.
+        head_width: hidden width of both heads; 0 for the encoder's width.
     """
 
-    def __init__(self, encoder: Encoder, embedding_dim: int) -> None:
+    def __init__(self, encoder: Encoder, embedding_dim: int, *, head_width: int = 0) -> None:
         super().__init__(encoder)
-        self.head_hom = ProjectionHead(encoder.width, embedding_dim)
-        self.head_het = ProjectionHead(encoder.width, embedding_dim)
+        self.head_width = head_width
+        self.head_hom = ProjectionHead(encoder.width, embedding_dim, head_width)
+        self.head_het = ProjectionHead(encoder.width, embedding_dim, head_width)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Homogeneous and heterogeneous unit rows, each (N, C), of raw images (N, H, W, 3) uint8."""
@@ -132,6 +141,7 @@ class NTFDetector(EncodingModel):
         embedding_dim: C.
         classifier_input: what D reads: "projection" z, "encoder" e, or "both" side by side.
         classifier: D; by default a new linear layer.
+        head_width: hidden width of the heads; 0 for the encoder's width.
     """
 
     def __init__(
@@ -140,6 +150,8 @@ class NTFDetector(EncodingModel):
         embedding_dim: int,
         classifier_input: ClassifierInput,
         classifier: nn.Module | None = None,
+        *,
+        head_width: int = 0,
     ) -> None:
         super().__init__(encoder)
         self.encoder_name = encoder.name
@@ -147,8 +159,8 @@ class NTFDetector(EncodingModel):
         self.mean, self.std = encoder.mean, encoder.std
         self.embedding_dim = embedding_dim
         self.classifier_input: ClassifierInput = classifier_input
-        self.head_hom = ProjectionHead(encoder.width, embedding_dim)
-        self.projection = ProjectionHead(encoder.width, embedding_dim)
+        self.head_hom = ProjectionHead(encoder.width, embedding_dim, head_width)
+        self.projection = ProjectionHead(encoder.width, embedding_dim, head_width)
         widths = {
             "projection": embedding_dim,
             "encoder": encoder.width,
@@ -193,7 +205,7 @@ def detector_from_traces(traces: TraceModel, embedding_dim: int, kind: Classifie
         embedding_dim: C of the new projection, and of the traces.
         kind: what the classifier reads.
     """
-    detector = NTFDetector(traces.encoder, embedding_dim, kind)
+    detector = NTFDetector(traces.encoder, embedding_dim, kind, head_width=traces.head_width)
     detector.head_hom = traces.head_hom
     return freeze_natural_traces(detector)
 

@@ -40,7 +40,8 @@ def keep_neighbours(session: Session) -> NTFDetector:
     records = session.data.train.records
     chosen = [bank_pictures(records, label, config) for label in (0, 1)]
     refuse_unfit_bank(config, chosen, encoder.width, sum(value.numel() for value in encoder.state_dict().values()))
-    detector = NTFDetector(encoder, model.embedding_dim, model.classifier_input).to(session.device).eval()
+    detector = NTFDetector(encoder, model.embedding_dim, model.classifier_input, head_width=model.head_width)
+    detector.to(session.device).eval()
     detector.requires_grad_(False)
     prepare_model(detector, config.compute)
     if ranks.first and sum(map(len, chosen)) < len(records):

@@ -319,7 +319,7 @@ def train_traces(session: Session, stage1_from: Path | None = None) -> TraceMode
     if config.adapt.adapt_real:
         model = load_traces(config, Path(config.adapt.run))
     else:
-        model = TraceModel(session.encoder(), config.model.embedding_dim)
+        model = TraceModel(session.encoder(), config.model.embedding_dim, head_width=config.model.head_width)
     model.to(session.device)
     prepare_model(model, config.compute)
     cache = trace_cache(session, model)
@@ -336,7 +336,7 @@ def load_traces(config: RunConfig, run: Path) -> TraceModel:
         CheckpointError: it is not there, or does not fit.
     """
     encoder = Encoder(config.model.encoder, **config.model.encoder_options())
-    model = TraceModel(encoder, config.model.embedding_dim)
+    model = TraceModel(encoder, config.model.embedding_dim, head_width=config.model.head_width)
     path = require_run_file(run, STAGE1_FILE)
     load_exactly(model, read_state(path), source=path)
     with_store(encoder, config)
@@ -359,7 +359,8 @@ def train_classifier(session: Session) -> NTFDetector:
     """Stage 2 of a method without natural traces; what is of them in the detector stays as it was drawn."""
     config, model = session.config, session.config.model
     torch.manual_seed(config.seed + 1)
-    detector = NTFDetector(session.encoder(), model.embedding_dim, model.classifier_input).to(session.device)
+    detector = NTFDetector(session.encoder(), model.embedding_dim, model.classifier_input, head_width=model.head_width)
+    detector.to(session.device)
     return run_stage2(session, detector, CrossEntropyStage)
 
 

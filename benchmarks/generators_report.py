@@ -1,0 +1,197 @@
+"""docs/results.md: what `benchmarks.real_generators` found, from its JSON files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.checkpoint import write_atomically
+from train.markdown import markdown_table
+from train.report import percent
+
+RESULTS = Path("benchmarks/results")
+DOCUMENT = Path("docs/results.md")
+NAMES = {"edge": "Edge encoder", "server": "Server encoder"}
+INTRODUCTION = """# Methods on real generators
+
+Made by `python -m benchmarks.real_generators` from `benchmarks/results/generators_*.json`; benchmarks/README.md says
+how to repeat it. All figures in percent. Pictures: 224 px crops of photographs and of what real generators made, one
+JPEG quality for all; training has Stable Diffusion 1.x, StyleGAN faces and CycleGAN, testing others as well. The
+pictures are not in this repository.
+
+**How a variant is chosen.** Each is trained without one generator at a time, all seeds, and scores that generator's
+pictures, which are then those of an unseen one. The chosen one has the largest mean AP over the held-out generators. The
+test split is evaluated once, for the baselines, the paper's method and the chosen variant."""
+
+
+def write_document(path: Path) -> None:
+    """Write the document from all results that are there."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("generators_*.json"))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (document(found) + "\n").encode())
+
+
+def document(results: Sequence[Mapping[str, Any]]) -> str:
+    """The whole document as Markdown."""
+    sections = [INTRODUCTION]
+    for found in results:
+        sections.append(f"## {NAMES.get(found['recipe'], found['recipe'])}: `{found['encoder']}`")
+        if "final" in found:
+            sections += ["### Test", _final(found)]
+        if "choice" in found:
+            sections += ["### Choice on held-out generators", _choice(found["choice"])]
+    return "\n\n".join(sections)
+
+
+def _choice(choice: Mapping[str, Any]) -> str:
+    held_out = choice["hold_out"]
+    rows = []
+    for name, figures in choice["variants"].items():
+        cells = [_figure(figures[generator]) for generator in held_out]
+        rows.append((name, _changes(figures["changes"]), *cells, percent(figures["mean"])))
+    table = markdown_table(("variant", "changes", *(f"{name} held out" for name in held_out), "mean AP"), rows)
+    text = f"Chosen for the test: **{choice['chosen']}**, the best variant of the method."
+    if choice["best_of_all"] != choice["chosen"]:
+        text += f" Among all that were tried, **{choice['best_of_all']}** is best on the held-out generators."
+    failures = [f"- {n}: {sentence}" for n, v in choice["variants"].items() for sentence in v.get("failures", [])]
+    parts = [table, text, *(["Failed:\n\n" + "\n".join(failures)] if failures else [])]
+    if "diagnosis" in choice:
+        parts += ["#### What the terms do", _diagnosis(choice["diagnosis"])]
+    return "\n\n".join([*parts, _where(choice)])
+
+
+def _diagnosis(diagnosis: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> str:
+    """Margins and rows by variant and set, of the first seed."""
+    head = (
+        "variant",
+        "pictures",
+        "margin",
+        "alignment real",
+        "alignment fake",
+        "uniformity",
+        "similarity real",
+        "similarity fake",
+        "trace rank",
+    )
+    keys = (
+        "margin",
+        "alignment_real",
+        "alignment_fake",
+        "uniformity",
+        "similarity_real",
+        "similarity_fake",
+        "trace_rank",
+    )
+    rows = [
+        (f"{variant}, without {generator}", name, *(f"{f[key]:.2f}" if key in f else "n/a" for key in keys))
+        for generator, variants in diagnosis.items()
+        for variant, sets in variants.items()
+        for name, f in sets.items()
+    ]
+    note = (
+        "Margin: between the classes' mean logits, in standard deviations within a class. Alignment: mean squared "
+        "distance of two rows z of one class, 0 where all are alike; uniformity: lower is more even on the sphere (Wang "
+        "and Isola 2020). Similarity: cosine of z with the mean natural trace. First seed."
+    )
+    return markdown_table(head, rows) + "\n\n" + note
+
+
+def _final(found: Mapping[str, Any]) -> str:
+    final, unseen = found["final"], found["unseen"]
+    generators = sorted(final["pictures"], key=lambda name: (name not in unseen, name in found["not_in_means"], name))
+    counted = [name for name in generators if name not in found["not_in_means"]]
+    rows: list[tuple[str, ...]] = []
+    for name, variant in final["variants"].items():
+        if not variant["generators"]:
+            rows.append((name, *["FAILED"] * (len(generators) + 2)))
+            continue
+        cells = [_figure(variant["generators"][generator]["ap"]) for generator in generators]
+        rows.append((name, *cells, _mean(variant, unseen), _mean(variant, counted)))
+    rows.append(("*trivial features, AUC*", *(percent(final["trivial_auc"].get(g)) for g in generators), "", ""))
+    titles = [
+        f"{g}{'*' if g in found['not_in_means'] else ''} ({'/'.join(map(str, final['pictures'][g]))})"
+        for g in generators
+    ]
+    table = markdown_table(("AP", *titles, "mean of the unseen", "mAP"), rows)
+    notes = "; ".join(f"{name}: {why}" for name, why in found["not_in_means"].items())
+    text = (
+        f"Real/fake pictures in brackets. Unseen generators: {', '.join(unseen)}. Mean ± standard deviation over seeds "
+        f"{', '.join(map(str, final['seeds']))}. * not counted in means ({notes}). Trivial features: AUC of file "
+        "length, size and format alone, `python -m train.audit`."
+    )
+    return "\n\n".join([table, text, _decisions(final, counted), _intervals(final, generators), _where(final)])
+
+
+def _mean(variant: Mapping[str, Any], generators: Sequence[str]) -> str:
+    """Mean over generators of each seed, then over seeds."""
+    means = [float(np.mean([values[name] for name in generators])) for values in variant["by_seed"].values()]
+    return _figure({"mean": float(np.mean(means)), "std": float(np.std(means, ddof=1)) if len(means) > 1 else None})
+
+
+def _decisions(final: Mapping[str, Any], counted: Sequence[str]) -> str:
+    """Errors at the validation threshold, mean over generators."""
+    metrics = {"real_flagged_rate": "real flagged", "fake_missed_rate": "fake missed", "accuracy_at_threshold": "ACC"}
+    rows = []
+    for name, variant in final["variants"].items():
+        if variant["generators"]:
+            cells = [
+                percent(float(np.mean([variant["generators"][g][metric]["mean"] for g in counted])))
+                for metric in metrics
+            ]
+            worst = max(variant["generators"][g]["real_flagged_rate"]["mean"] for g in counted)
+            seconds = f"{np.mean(variant['seconds']):.0f}"
+            rows.append((name, *cells, percent(worst), _figure(variant["validation_ap"]), seconds))
+    head = (
+        "at the validation threshold",
+        *metrics.values(),
+        "real flagged, worst",
+        "validation AP",
+        "seconds to train",
+    )
+    return markdown_table(head, rows)
+
+
+def _intervals(final: Mapping[str, Any], generators: Sequence[str]) -> str:
+    rows = []
+    for name, variant in final["variants"].items():
+        found = variant["ap_interval_of_first_seed"]
+        cells = []
+        for generator in generators:
+            interval = found.get(generator)
+            cells.append("n/a" if interval is None else f"{percent(interval['low'])} to {percent(interval['high'])}")
+        rows.append((name, *cells))
+    head = (f"AP of seed {final['seeds'][0]}, 95 % by originals", *generators)
+    return markdown_table(head, rows)
+
+
+def _changes(changes: Mapping[str, Any]) -> str:
+    """Options of a variant, as its recipe has them."""
+    flat: dict[str, Any] = {}
+
+    def walk(values: Mapping[str, Any], prefix: str) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    walk(changes, "")
+    return ", ".join(f"{name} = {json.dumps(value)}" for name, value in flat.items()) or "the recipe's base"
+
+
+def _figure(figure: Mapping[str, float | None] | None) -> str:
+    if figure is None:
+        return "n/a"
+    text = percent(figure["mean"])
+    return text if figure.get("std") is None else f"{text} ± {percent(figure['std'])}"
+
+
+def _where(part: Mapping[str, Any]) -> str:
+    where = part["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    machine = where["machine"]
+    return f"Made on {machine['cpu']}, {machine['cores']} cores, commit {where['tool_commit']}, {versions}."

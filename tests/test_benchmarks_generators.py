@@ -1,0 +1,134 @@
+"""The comparison on real generators: what is held out, what is chosen, what the document says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+from train.ablation_plan import load_plan
+
+from benchmarks.diagnosis import alignment, margin, uniformity
+from benchmarks.generators_report import document
+from benchmarks.real_generators import RECIPES, main, write_hold_out
+from train.config import preset_config
+from train.data import load_split, scan_pictures
+from train.errors import ConfigError
+from train.pictures import PictureRecord, PictureSet
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    records = tuple(
+        PictureRecord(tmp_path / f"{split}-{generator}-{label}-{n}.png", label, generator, generator, f"{n}", split)
+        for split in ("train", "val", "test")
+        for generator in ("a", "b")
+        for label in (0, 1)
+        for n in range(2)
+    )
+    for record in records:
+        record.path.write_bytes(b"picture")
+    return PictureSet(tmp_path, "list", records)
+
+
+def test_held_out_generator_is_the_validation_split_and_no_test_picture_is_listed(pictures, tmp_path):
+    listed = write_hold_out(pictures, "a", tmp_path / "without-a.csv")
+    train, held_out = (load_split(listed, split).records for split in ("train", "val"))
+    assert {record.generator for record in train} == {"b"}
+    assert {record.generator for record in held_out} == {"a"}
+    assert (len(train), len(held_out)) == (4, 8)
+    names = {record.path.name for record in scan_pictures(listed).records}
+    assert not any(name.startswith("test") for name in names)
+
+
+def test_generator_that_is_not_there_cannot_be_held_out(pictures, tmp_path):
+    with pytest.raises(ConfigError, match="hold_out: got c, wanted one of a, b"):
+        write_hold_out(pictures, "c", tmp_path / "list.csv")
+
+
+def test_alignment_uniformity_and_margin_of_hand_computed_cases():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    assert alignment(rows) == pytest.approx((2 + 2 + 4) / 3)
+    assert alignment(rows[[0, 0]]) == pytest.approx(0, abs=1e-6)
+    assert uniformity(rows) == pytest.approx(np.log((2 * np.exp(-4) + np.exp(-8)) / 3), rel=1e-5)
+    many = normalize(torch.randn(50, 8, generator=torch.manual_seed(0)), dim=1)
+    assert alignment(many) == pytest.approx(float(torch.pdist(many).square().mean()), rel=1e-5)
+    assert margin(np.array([0.0, 2, 4, 6], np.float32), np.array([0, 0, 1, 1])) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.json")))
+def test_every_recipe_is_a_plan(name, tmp_path):
+    values = json.loads((RECIPES / f"{name}.json").read_text())
+    variants = values["baselines"] | values["paper"] | values["candidates"]
+    plan = tmp_path / "plan.json"
+    base = values["base"] | {"cache": values["base"].get("cache", {}) | {"cache_dir": str(tmp_path)}}
+    base["model"]["encoder_weights"] = base["model"]["encoder_weights"] or "none"
+    plan.write_text(json.dumps({"base": base, "variants": variants}))
+    loaded = load_plan(str(plan), preset_config("paper"), data=str(tmp_path))
+    assert list(loaded.variants) == list(variants)
+    assert len(values["paper"]) == 1
+
+
+def test_unknown_recipe_and_missing_choice_are_refused(tmp_path, capsys):
+    assert main(["--recipe", "none", "--data", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "--recipe: got none, wanted one of edge" in capsys.readouterr().err
+
+
+def figure(mean, std=None):
+    return {"mean": mean, "std": std}
+
+
+def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_alone():
+    metrics = {"real_flagged_rate": figure(0.02), "fake_missed_rate": figure(0.4), "accuracy_at_threshold": figure(0.8)}
+    aps = {"seen": 0.9, "new": 0.7, "newer": 0.8, "faces": 1.0}
+    machine = {"cpu": "a CPU", "cores": 2}
+    where = {"machine": machine, "versions": {"torch": "2"}, "tool_commit": "abc"}
+    variant = {
+        "generators": {name: {"ap": figure(ap, 0.01)} | metrics for name, ap in aps.items()},
+        "by_seed": {"0": aps, "1": {name: ap - 0.1 for name, ap in aps.items()}},
+        "ap_interval_of_first_seed": {"new": {"low": 0.65, "high": 0.75}},
+        "validation_ap": figure(0.95),
+        "seconds": [10.0, 20.0],
+        "failures": [],
+        "changes": {},
+    }
+    choice = {
+        "hold_out": ["seen"],
+        "variants": {
+            "probe": {"seen": figure(0.8), "mean": 0.8, "failures": [], "changes": {"method": "probe"}},
+            "ntf": {"seen": figure(0.7), "mean": 0.7, "failures": [], "changes": {"loss": {"eta": 0.1}}},
+            "broken": {"seen": None, "mean": None, "failures": ["a sentence"], "changes": {}},
+        },
+        "chosen": "ntf",
+        "best_of_all": "probe",
+        "environment": where,
+    }
+    text = document(
+        [
+            {
+                "recipe": "edge",
+                "encoder": "lite",
+                "unseen": ["new", "newer"],
+                "not_in_means": {"faces": "no real faces"},
+                "choice": choice,
+                "final": {
+                    "variants": {"ntf": variant},
+                    "trivial_auc": {"new": 0.55},
+                    "pictures": {name: [10, 12] for name in aps},
+                    "seeds": [0, 1],
+                    "environment": where,
+                },
+            }
+        ]
+    )
+    assert "| ntf | 70.0 ± 1.0 | 80.0 ± 1.0 | 90.0 ± 1.0 | 100.0 ± 1.0 | 70.0 ± 7.1 | 75.0 ± 7.1 |" in text
+    assert "| *trivial features, AUC* | 55.0 | n/a | n/a | n/a |" in text
+    assert "Chosen for the test: **ntf**" in text
+    assert "**probe** is best on the held-out generators" in text
+    assert "| ntf | loss.eta = 0.1 | 70.0 | 70.0 |" in text
+    assert "- broken: a sentence" in text
+    assert "65.0 to 75.0" in text
+    assert Path("docs/results.md").is_file()
