@@ -24,8 +24,8 @@ JPEG quality for all; training has Stable Diffusion 1.x, StyleGAN faces and Cycl
 pictures are not in this repository.
 
 **How a variant is chosen.** Each is trained without one generator at a time, all seeds, and scores that generator's
-pictures, which are then those of an unseen one. The chosen one has the largest mean AP over the held-out generators. The
-test split is evaluated once, for the baselines, the paper's method and the chosen variant."""
+pictures, which are then those of an unseen one. The chosen one has the largest mean AP over the held-out generators.
+The test split is evaluated once, for the baselines, the paper's method and the chosen variant."""
 
 
 def write_document(path: Path) -> None:
@@ -94,8 +94,8 @@ def _diagnosis(diagnosis: Mapping[str, Mapping[str, Mapping[str, Mapping[str, fl
     ]
     note = (
         "Margin: between the classes' mean logits, in standard deviations within a class. Alignment: mean squared "
-        "distance of two rows z of one class, 0 where all are alike; uniformity: lower is more even on the sphere (Wang "
-        "and Isola 2020). Similarity: cosine of z with the mean natural trace. First seed."
+        "distance of two rows z of one class, 0 where all are alike; uniformity: lower is more even on the sphere "
+        "(Wang and Isola 2020). Similarity: cosine of z with the mean natural trace. First seed."
     )
     return markdown_table(head, rows) + "\n\n" + note
 
