@@ -29,7 +29,7 @@ from torch import nn
 from runtime.manifest import CalibrationSpec
 from runtime.strict_json import canonical_json, from_jsonable, to_jsonable
 from train.config import RunConfig, config_from_file
-from train.encoder import Encoder, load_exactly, read_state
+from train.encoder import Encoder, load_exactly, read_state, with_standardizer
 from train.errors import CheckpointError
 from train.model import NTFDetector, freeze_natural_traces
 
@@ -166,7 +166,8 @@ def load_detector(run: Path) -> NTFDetector:
     """
     model = load_config(run).model
     path = require_run_file(run, STAGE2_FILE)
-    detector = NTFDetector(Encoder(model.encoder), model.embedding_dim, model.classifier_input)
+    encoder = with_standardizer(Encoder(model.encoder), enabled=model.standardize)
+    detector = NTFDetector(encoder, model.embedding_dim, model.classifier_input)
     load_exactly(detector, read_state(path), source=path)
     return freeze_natural_traces(detector).eval()
 

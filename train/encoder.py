@@ -24,6 +24,9 @@ PACKAGE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 NO_WEIGHTS = "none"
 PACKAGE_WEIGHTS = "package"
 
+# What timm calls the group before, in the patterns of `group_matcher`.
+MATCH_PREV_GROUP = (99999,)
+
 _LITE0_STEM = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
@@ -47,6 +50,42 @@ class EncoderOutput(NamedTuple):
 
     pooled: Tensor  # (N, d)
     cells: Tensor  # (N, h, w, d), each cell of the last map taken through the encoder's own pooling head
+
+
+class Standardizer(nn.Module):
+    """Embeddings with mean 0 and standard deviation 1 in each dimension, over the pictures it was fitted on.
+
+    Args:
+        width: of an embedding.
+    """
+
+    # A dimension that hardly moves is not blown up to noise: no standard deviation counts as less than this share of
+    # their mean.
+    FLOOR = 1e-3
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.mean: Tensor
+        self.scale: Tensor
+
+    def fit(self, mean: Tensor, std: Tensor) -> None:
+        """Take over the mean and the standard deviation of each dimension, both (d,)."""
+        floor = (self.FLOOR * std.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        self.mean.copy_(mean)
+        self.scale.copy_(1 / std.maximum(floor))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (..., d), standardised."""
+        return (embeddings - self.mean) * self.scale
+
+
+def with_standardizer(encoder: Encoder, *, enabled: bool) -> Encoder:
+    """The encoder with a standardiser to be fitted or loaded, where `enabled`."""
+    if enabled:
+        encoder.standardizer = Standardizer(encoder.width).to(next(encoder.parameters()).device)
+    return encoder
 
 
 class Encoder(nn.Module):
@@ -79,17 +118,49 @@ class Encoder(nn.Module):
         self.mean: tuple[float, float, float] = tuple(float(v) for v in cfg["mean"])
         self.std: tuple[float, float, float] = tuple(float(v) for v in cfg["std"])
         self.fixed_input_size = bool(cfg.get("fixed_input_size", False))
+        # A `Standardizer` with --standardize; it has no state otherwise.
+        self.standardizer: nn.Module = nn.Identity()
+
+    def pool(self, pixels: Tensor) -> Tensor:
+        """What the network itself gives, (N, d), of normalised pixels (N, 3, H, W)."""
+        return self.net.forward_head(self.net.forward_features(pixels), pre_logits=True)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Pooled embedding e = E(x), (N, d), of normalised pixels (N, 3, H, W)."""
-        return self.net.forward_head(self.net.forward_features(pixels), pre_logits=True)
+        """Pooled embedding e = E(x), (N, d), of normalised pixels (N, 3, H, W); standardised where the run says so."""
+        return self.standardizer(self.pool(pixels))
+
+    def last_blocks(self, count: int) -> list[str]:
+        """Names of the parameters of the last `count` blocks, and of what follows them, as timm divides the network.
+
+        Raises:
+            ConfigError: the network has fewer blocks, or timm does not say which.
+        """
+        if count == 0:
+            return []
+        if not hasattr(self.net, "group_matcher"):
+            raise self._blocks_error(count, "a network whose blocks timm does not tell apart", "another --encoder")
+        # timm's way to append what no other pattern has to the group before it.
+        rest = {"rest": [(r".", MATCH_PREV_GROUP)]}
+        groups = timm.models.group_parameters(self.net, self.net.group_matcher(coarse=False) | rest)
+        blocks = [groups[index] for index in sorted(groups)][1:]  # without the stem
+        if count > len(blocks):
+            raise self._blocks_error(count, f"{self.name}, which has {len(blocks)} blocks", "fewer blocks")
+        return [f"net.{name}" for block in blocks[len(blocks) - count :] for name in block]
+
+    def _blocks_error(self, count: int, got: str, remedy: str) -> ConfigError:
+        return ConfigError(
+            f"--stage2.train-encoder-blocks {count}",
+            got=got,
+            wanted=f"{count} blocks to train",
+            remedy=f"name {remedy}",
+        )
 
     def forward(self, pixels: Tensor) -> EncoderOutput:
         """Pooled embedding and one embedding for each cell of the map, of normalised pixels (N, 3, H, W)."""
         features = self.net.forward_features(pixels)
         pooled = self.net.forward_head(features, pre_logits=True)
         cells = self._token_cells(features) if features.ndim == 3 else self._map_cells(features)
-        return EncoderOutput(pooled, cells)
+        return EncoderOutput(self.standardizer(pooled), self.standardizer(cells))
 
     def _map_cells(self, features: Tensor) -> Tensor:
         _, d, h, w = features.shape

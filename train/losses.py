@@ -105,7 +105,25 @@ def natural_trace_loss(
     return TraceLoss(total, homogeneous, heterogeneous, orthogonality)
 
 
-def detector_loss(contrastive: Tensor, logits: Tensor, labels: Tensor, *, gamma: float) -> DetectorLoss:
+def cross_entropy(logits: Tensor, labels: Tensor, *, balanced: bool = False) -> Tensor:
+    """Binary cross entropy, Eq. (6), mean over rows.
+
+    Args:
+        logits: (N,) float, larger means more likely fake.
+        labels: (N,) int64, 0 real, 1 fake.
+        balanced: the mean over the classes of their means instead, so that the rarer one counts as much.
+    """
+    targets = labels.to(logits.dtype)
+    if not balanced:
+        return F.binary_cross_entropy_with_logits(logits, targets)
+    counts = labels.bincount(minlength=2)
+    weights = len(labels) / ((counts > 0).sum() * counts.clamp_min(1))[labels]
+    return F.binary_cross_entropy_with_logits(logits, targets, weight=weights.to(logits.dtype))
+
+
+def detector_loss(
+    contrastive: Tensor, logits: Tensor, labels: Tensor, *, gamma: float, balanced: bool = False
+) -> DetectorLoss:
     """Discriminative loss L_scl + gamma L_ce, Eqs. (6) and (7).
 
     Args:
@@ -113,8 +131,9 @@ def detector_loss(contrastive: Tensor, logits: Tensor, labels: Tensor, *, gamma:
         logits: (N,) float, larger means more likely fake.
         labels: (N,) int64, 0 real, 1 fake.
         gamma: weight of the cross entropy.
+        balanced: as in `cross_entropy`.
     """
-    classification = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    classification = cross_entropy(logits, labels, balanced=balanced)
     return DetectorLoss(contrastive + gamma * classification, contrastive, classification)
 
 

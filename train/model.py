@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal, NamedTuple
 
 import torch
@@ -62,6 +63,10 @@ class EncodingModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.normalizer = PixelNormalizer(encoder.mean, encoder.std)
+
+    def pool(self, images: Tensor) -> Tensor:
+        """What the encoder gives, (N, d), before it is standardised; of raw images (N, H, W, 3) uint8."""
+        return self.encoder.pool(self.normalizer(images))
 
     def embed(self, images: Tensor) -> Tensor:
         """Encoder embeddings e, (N, d), of raw images (N, H, W, 3) uint8."""
@@ -144,15 +149,19 @@ class NTFDetector(EncodingModel):
         )
 
 
-def detector_from_traces(traces: TraceModel, embedding_dim: int, kind: ClassifierInput) -> NTFDetector:
+def detector_from_traces(
+    traces: TraceModel, embedding_dim: int, kind: ClassifierInput, *, own_encoder: bool = False
+) -> NTFDetector:
     """Detector for stage 2: E and f_hom of stage 1, frozen; g and D new.
 
     Args:
         traces: the trained stage-1 model; its modules are taken over, not copied.
         embedding_dim: C of the new projection, and of the traces.
         kind: what the classifier reads.
+        own_encoder: copy E, so that the detector's may be trained while the one of the traces stays.
     """
-    detector = NTFDetector(traces.encoder, embedding_dim, kind)
+    encoder = copy.deepcopy(traces.encoder) if own_encoder else traces.encoder
+    detector = NTFDetector(encoder, embedding_dim, kind)
     detector.head_hom = traces.head_hom
     return freeze_natural_traces(detector)
 
