@@ -12,7 +12,16 @@ from safetensors.torch import save_file
 from skimage import data as photographs
 
 from runtime.preprocess import PreprocessSpec, prepare
-from train.encoder import PACKAGE_ENCODER, Encoder, load_encoder, load_exactly, read_state, spatial_statistics
+from train.encoder import (
+    PACKAGE_ENCODER,
+    Encoder,
+    Standardizer,
+    load_encoder,
+    load_exactly,
+    read_state,
+    spatial_statistics,
+    with_standardizer,
+)
 from train.encoder import _package_weights as package_weights
 from train.errors import CheckpointError, ConfigError
 from train.model import PixelNormalizer
@@ -138,6 +147,57 @@ def test_resnet50_without_downsampling_is_the_published_network():
 def test_encoder_without_such_a_stem_is_refused(name):
     with pytest.raises(ConfigError, match=f"--no-early-downsampling: got --encoder {name}, wanted an encoder with a "):
         Encoder(name, early_downsampling=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last", "before"),
+    [
+        ("test_resnet", "net.layer4.0", "net.layer4.0", "net.layer3"),
+        ("test_efficientnet", "net.blocks.4", "net.bn2", "net.blocks.3"),
+        ("test_vit", "net.blocks.5", "net.norm", "net.blocks.4"),
+        ("test_convnext", "net.stages.3.blocks", "net.head.norm", "net.stages.3.downsample"),
+    ],
+)
+def test_last_block_is_the_one_before_the_pooling_with_what_follows_it(name, first, last, before):
+    encoder = Encoder(name)
+    names = encoder.last_blocks(1)
+    assert any(parameter.startswith(first) for parameter in names)
+    assert any(parameter.startswith(last) for parameter in names)
+    assert not any(parameter.startswith(before) for parameter in names)
+    assert encoder.last_blocks(0) == []
+    assert set(names) < set(encoder.last_blocks(2)) < {parameter for parameter, _ in encoder.named_parameters()}
+    with pytest.raises(ConfigError, match=rf"--stage2.train-encoder-blocks 99: got {name}, which has \d+ blocks"):
+        encoder.last_blocks(99)
+
+
+def test_standardizer_takes_mean_and_scale_out_and_leaves_dead_dimensions_small():
+    rows = torch.randn(500, 4, generator=torch.manual_seed(0)) * torch.tensor([1.0, 30.0, 0.01, 0.0]) + 5
+    standardizer = Standardizer(4)
+    assert torch.equal(standardizer(rows), rows)
+    standardizer.fit(rows.mean(0), rows.std(0, correction=0))
+    found = standardizer(rows)
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found.mean(0), torch.zeros(4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found[:, :3].std(0, correction=0), torch.ones(3), rtol=1e-3, atol=1e-3)
+    assert found[:, 3].abs().max() < 1e-3
+
+
+def test_encoder_without_a_standardizer_has_the_state_it_always_had():
+    plain, standardized = (with_standardizer(Encoder("test_resnet"), enabled=enabled) for enabled in (False, True))
+    assert all(name.startswith("net.") for name in plain.state_dict())
+    added = standardized.state_dict().keys() - plain.state_dict().keys()
+    assert added == {"standardizer.mean", "standardizer.scale"}
+
+
+def test_standardized_embedding_and_cells_are_those_of_the_network_standardized():
+    encoder = with_standardizer(Encoder("test_resnet"), enabled=True).eval()
+    encoder.standardizer.fit(torch.full((encoder.width,), 2.0), torch.full((encoder.width,), 4.0))
+    pixels = torch.randn(2, 3, 160, 160, generator=torch.manual_seed(0))
+    with torch.inference_mode():
+        expected, output = (encoder.pool(pixels) - 2) / 4, encoder(pixels)
+        torch.testing.assert_close(encoder.embed(pixels), expected)
+        torch.testing.assert_close(output.pooled, expected)
+        torch.testing.assert_close(output.cells.mean((1, 2)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_name_lists_near_ones():

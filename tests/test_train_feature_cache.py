@@ -16,7 +16,6 @@ from train.encoder import Encoder
 from train.errors import ConfigError
 from train.feature_cache import FeatureCache, cache_key, weights_sha256
 from train.loading import Key, ViewPlan
-from train.model import EncodingModel
 from train.run import main, train
 
 # Relative to the largest weight. A cached row was computed in a batch of its first epoch, and batches of another size
@@ -59,14 +58,14 @@ def cached(cached_config, tmp_path_factory):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Pictures that either stage's network embeds, one entry for each batch."""
-    seen, embed = [], EncodingModel.embed
+    """Pictures that an encoder is given, one entry for each batch."""
+    seen, parts = [], Encoder.parts
 
-    def counting(model, images):
-        seen.append(len(images))
-        return embed(model, images)
+    def counting(encoder, pixels):
+        seen.append(len(pixels))
+        return parts(encoder, pixels)
 
-    monkeypatch.setattr(EncodingModel, "embed", counting)
+    monkeypatch.setattr(Encoder, "parts", counting)
     return seen
 
 

@@ -65,6 +65,19 @@ def test_seed_of_the_views_gives_the_views_and_not_their_order(records):
     assert orders[0] != orders[1] == orders[2]
 
 
+def test_balanced_classes_take_turns_and_the_rarer_one_comes_again():
+    labels = [0, 0, 0, 0, 0, 1, 0, 1, 0]  # 7 real, 2 fake
+    batches = list(EpochBatches(9, 4, PLAN, epoch=1, balance=labels))
+    indices = [key.index for batch in batches for key in batch]
+    assert [labels[index] for index in indices] == [0, 1] * 7
+    assert [len(batch) for batch in batches] == [4, 4, 4, 2]
+    assert Counter(index for index in indices if not labels[index]) == Counter([0, 1, 2, 3, 4, 6, 8])
+    assert sorted(Counter(index for index in indices if labels[index]).values()) == [3, 4]
+    assert indices != [key.index for batch in EpochBatches(9, 4, PLAN, epoch=2, balance=labels) for key in batch]
+    rest = list(EpochBatches(9, 4, PLAN, epoch=1, start=2, balance=labels))
+    assert rest == batches[2:]
+
+
 @pytest.mark.parametrize("options", [{"workers": 2}, {"start": 1}], ids=["two workers", "from the second batch on"])
 def test_same_batches_come_out_however_they_are_loaded(records, options):
     expected = batches(records)[options.get("start", 0) :]

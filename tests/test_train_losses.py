@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from train.losses import (
+    cross_entropy,
     detector_loss,
     homogeneous_loss,
     info_nce_loss,
@@ -91,6 +92,17 @@ def test_detector_loss_counts_fake_as_one_and_weights_the_cross_entropy():
     cross_entropy = (math.log1p(math.exp(-2.0)) + math.log1p(math.exp(-1.0))) / 2
     assert loss.classification.item() == pytest.approx(cross_entropy)
     assert loss.total.item() == pytest.approx(3.0 + 0.5 * cross_entropy)
+
+
+def test_balanced_cross_entropy_is_the_mean_of_the_classes_means():
+    logits, labels = torch.tensor([2.0, -1.0, 0.5, 3.0]), torch.tensor([1, 0, 0, 0])
+    fake = math.log1p(math.exp(-2.0))
+    real = sum(math.log1p(math.exp(logit)) for logit in (-1.0, 0.5, 3.0)) / 3
+    assert cross_entropy(logits, labels).item() == pytest.approx((fake + 3 * real) / 4)
+    assert cross_entropy(logits, labels, balanced=True).item() == pytest.approx((fake + real) / 2)
+    assert cross_entropy(logits[1:], labels[1:], balanced=True).item() == pytest.approx(real)
+    loss = detector_loss(torch.tensor(3.0), logits, labels, gamma=0.5, balanced=True)
+    assert loss.total.item() == pytest.approx(3.0 + 0.5 * (fake + real) / 2)
 
 
 def test_spread_tells_one_point_from_all_directions():

@@ -251,6 +251,26 @@ def test_options_that_a_method_has_no_use_for_are_refused(data):
         model_of("--method", "probe", "--classifier-input", "both")
 
 
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("bce", {"model": {"standardize": True}}, "--standardize: got --method bce, which trains the encoder"),
+        ("ntf", {"model": {"standardize": True}}, "--standardize: got --stage1.train-encoder, which trains the"),
+        ("probe", {"stage2": {"train_encoder_blocks": 1}}, "--stage2.train-encoder-blocks 1: got --method probe"),
+        (
+            "ntf",
+            {"stage2": {"train_encoder_blocks": 1}, "cache": {"cache_features": True}},
+            "--cache-features: got --stage2.train-encoder-blocks 1, which trains the encoder",
+        ),
+    ],
+)
+def test_options_of_a_frozen_encoder_are_refused_where_it_is_trained(data, method, changes, message):
+    config = config_of(data, method)
+    parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in changes.items()}
+    with pytest.raises(ConfigError, match=message):
+        check_method(dataclasses.replace(config, **parts))
+
+
 @pytest.mark.parametrize("method", ["probe", "nearest"])
 def test_run_without_natural_traces_is_not_adapted(run_of, capsys, method):
     assert main(["--adapt-real", "x", "--run", str(run_of(method))]) == 2

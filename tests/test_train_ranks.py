@@ -170,6 +170,23 @@ def test_two_processes_keep_the_neighbours_that_one_keeps(data, tmp_path):
     assert difference(train_with_processes(config, tmp_path), tmp_path / "one") <= SAME
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["heads", "blocks"])
+def test_two_processes_train_the_same_on_standardized_embeddings_and_last_blocks(data, tmp_path, options):
+    config = config_of(data)
+    balanced = dataclasses.replace(config.stage2, class_balance=True, warmup_epochs=1)
+    if options == "heads":
+        model = dataclasses.replace(config.model, standardize=True)
+        config = dataclasses.replace(config, model=model, stage2=balanced)
+    else:
+        config = dataclasses.replace(config, stage2=dataclasses.replace(balanced, train_encoder_blocks=1))
+    (tmp_path / "one").mkdir()
+    train(config, tmp_path / "one")
+    run = train_with_processes(config, tmp_path)
+    print("weights differ by", difference(run, tmp_path / "one"))
+    assert difference(run, tmp_path / "one") <= SAME
+
+
 def test_parts_of_a_batch_are_the_batch_in_its_order():
     plan = ViewPlan(0, 1, (8, 8), (8, 8), config_of("x").augment)
     whole = list(EpochBatches(7, 3, plan, 0))

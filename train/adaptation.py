@@ -110,6 +110,13 @@ def adaptable_config(parent: Path) -> RunConfig:
             wanted="one with natural traces",
             remedy="adapt a run of --method ntf",
         )
+    if config.stage2.train_encoder_blocks:
+        raise ConfigError(
+            f"--run {parent}",
+            got=f"a run whose stage 2 trained the encoder (train_encoder_blocks {config.stage2.train_encoder_blocks})",
+            wanted="one whose stage 2 left it as it was: projection and classifier would go on with another encoder",
+            remedy="adapt a run without --stage2.train-encoder-blocks",
+        )
     for name in (STAGE2_FILE, STAGE1_FILE, "calibration.json"):
         require_run_file(parent, name)
     if config.adapt.adapt_real:

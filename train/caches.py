@@ -2,7 +2,7 @@
 
 Each stage on a frozen encoder keeps its training views, and the centre crops of the pictures that it looks at after an
 epoch: stage 1 real training pictures, stage 2 validation pictures. The mean natural trace and the thresholds are taken
-from the same crops.
+from the same crops, and with those of the fake training pictures the standardiser is fitted.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from train.encoder import Standardizer
 from train.feature_cache import CropCache, FeatureCache, StageCache, cache_key, weights_sha256
 from train.methods import METHODS
 from train.model import EncodingModel, NTFDetector, TraceModel
 from train.pictures import PictureRecord
 from train.ranks import ALONE, Ranks
-from train.scoring import preprocess_spec
+from train.scoring import BATCH_SIZE, embedded_batches, preprocess_spec
 from train.session import Session
 from train.stages import stage1_plan, stage2_plan
 
@@ -71,6 +73,37 @@ def shipped_embeddings(session: Session, model: EncodingModel, records: Sequence
         return None
     crops = _Files(session, model, ALONE, channels_last=False).crops(records)
     return crops.embeddings(model, workers=session.config.workers)
+
+
+def fit_standardizer(session: Session, model: EncodingModel) -> None:
+    """Take the mean and standard deviation of the training pictures' embeddings over into the encoder.
+
+    The pictures are seen as the exported model sees them; each process computes its part.
+
+    Raises:
+        ConfigError: the disk has no room for what is kept of them.
+    """
+    config, ranks, records = session.config, session.ranks, session.data.train.records
+    standardizer = model.encoder.standardizer
+    assert isinstance(standardizer, Standardizer)
+    model.eval()
+    count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    files = _Files(session, model, ranks) if config.cache.cache_features else None
+    # Real ones in a file of their own, from which the natural traces' mean comes as well.
+    for label in (0, 1):
+        own = [record for record in records if record.label == label]
+        part = ranks.part(len(own))
+        if files is None:
+            batches = embedded_batches(model, own[part], workers=config.workers, standardized=False)
+        else:
+            batches = iter(files.crops(own).pooled(model, part, workers=config.workers).split(BATCH_SIZE))
+        for rows in batches:
+            values = rows.double().cpu()
+            count, total, squares = count + len(values), total + values.sum(0), squares + values.square().sum(0)
+    parts = ranks.gather_objects((count, total, squares))
+    pictures = sum(part[0] for part in parts)
+    mean, square = (sum((part[i] for part in parts), torch.zeros((), dtype=torch.float64)) / pictures for i in (1, 2))
+    standardizer.fit(mean.float(), (square - mean.square()).clamp_min(0).sqrt().float())
 
 
 class _Files:

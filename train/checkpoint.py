@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from runtime.manifest import CalibrationSpec
 from runtime.strict_json import canonical_json, from_jsonable, parse_json, to_jsonable
 from train.config import RunConfig, config_from_file
-from train.encoder import Encoder, load_exactly, read_state
+from train.encoder import Encoder, load_exactly, read_state, with_standardizer
 from train.errors import CheckpointError
 from train.methods import METHODS
 from train.model import NearestNeighbours, NTFDetector, freeze_natural_traces
@@ -172,7 +172,7 @@ def load_detector(run: Path) -> NTFDetector:
     model = config.model
     path = require_run_file(run, STAGE2_FILE)
     state = read_state(path)
-    encoder = Encoder(model.encoder, **model.encoder_options())
+    encoder = with_standardizer(Encoder(model.encoder, **model.encoder_options()), enabled=model.standardize)
     classifier = _room_for_neighbours(config, state) if METHODS[config.method].neighbours else None
     detector = NTFDetector(
         encoder, model.embedding_dim, model.classifier_input, classifier, head_width=model.head_width

@@ -28,6 +28,7 @@ from train.model import ClassifierInput
 from train.pictures import CorruptPolicy
 
 Preset = Literal["demo", "paper"]
+OptimizerName = Literal["sgd", "adamw"]
 DEMO_DATA = "demo"
 # Below this, hardly a pixel of a picture is left.
 SMALLEST_FACTOR = 0.01
@@ -53,6 +54,9 @@ class ModelConfig:
     encoder_depths: tuple[int, ...] = ()
     """Stages of a convolutional network, or blocks of a ViT, counted from 0, that join the embedding: class tokens of a
     ViT, mean and standard deviation of a map. Traces of synthesis are low-level."""
+    standardize: bool = False
+    """Heads read the frozen encoder's embedding with mean 0 and standard deviation 1 in each dimension, taken over the
+    training pictures' centre crops before anything is trained."""
 
     def encoder_options(self) -> dict[str, Any]:
         """Keyword arguments of `train.encoder.Encoder`: what makes the timm network another encoder."""
@@ -127,8 +131,12 @@ class Stage1Config:
     epochs: int = 200
     batch_size: int = 256
     """Source images in a batch; each gives two views."""
+    optimizer: OptimizerName = "sgd"
+    """AdamW has decoupled weight decay, and --stage1.momentum as its beta 1."""
     lr: float = 0.1
-    """Initial learning rate of SGD; falls to 0 along a cosine."""
+    """Largest learning rate; falls to 0 along a cosine."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate rises to --stage1.lr, before the cosine."""
     momentum: float = 0.9
     weight_decay: float = 1e-3
     train_encoder: bool = True
@@ -141,9 +149,21 @@ class Stage2Config:
 
     epochs: int = 10
     batch_size: int = 256
+    optimizer: OptimizerName = "sgd"
+    """As in stage 1."""
     lr: float = 0.1
+    warmup_epochs: int = 0
+    """As in stage 1."""
     momentum: float = 0.9
     weight_decay: float = 1e-3
+    class_balance: bool = False
+    """Both classes come alike: real and fake pictures take turns in each batch, those of the rarer class come again
+    within an epoch, and the cross entropy weighs the classes of a batch alike."""
+    train_encoder_blocks: int = 0
+    """Last blocks of the encoder that stage 2 trains as well, with what follows them; batch-norm statistics stay.
+    Natural traces are those of the encoder as stage 1 left it: a copy, and a second pass over the real pictures."""
+    encoder_lr_factor: float = 0.1
+    """Learning rate of these blocks, as a share of --stage2.lr."""
     scl_crop: int = 32
     """Side in pixels of the random crops whose rows enter Eq. (5); the input size takes the classifier's rows."""
     trace_crop: Literal["input", "scl"] = "input"
@@ -363,12 +383,24 @@ def check_config(config: RunConfig) -> None:
             rate,
         ),
     ]
+    factor = config.stage2.encoder_lr_factor
+    blocks = config.stage2.train_encoder_blocks
     rules += _augment_rules(config.augment)
+    rules += [
+        ("--stage2.train-encoder-blocks", blocks, blocks >= 0, "0 or more"),
+        ("--stage2.encoder-lr-factor", factor, factor > 0 and math.isfinite(factor), positive),
+    ]
     for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
         rules += [
             (f"--{name}.epochs", stage.epochs, stage.epochs >= 1, "1 or more"),
             (f"--{name}.batch-size", stage.batch_size, stage.batch_size >= 2, "2 or more"),
             (f"--{name}.lr", stage.lr, stage.lr > 0 and math.isfinite(stage.lr), positive),
+            (
+                f"--{name}.warmup-epochs",
+                stage.warmup_epochs,
+                0 <= stage.warmup_epochs < stage.epochs,
+                f"0 or more, and fewer than --{name}.epochs {stage.epochs}",
+            ),
         ]
     for option, value, holds, wanted in rules:
         if not holds:

@@ -30,6 +30,8 @@ PACKAGE_WEIGHTS = "package"
 
 # What timm calls the parts in front of the first stage, in a ResNet and in an EfficientNet.
 STEM = ("conv1", "conv_stem", "maxpool")
+# What timm calls the group before, in the patterns of `group_matcher`.
+MATCH_PREV_GROUP = (99999,)
 
 _LITE0_STEM = {
     "_conv_stem": "conv_stem",
@@ -94,6 +96,42 @@ class DepthOutput:
         return torch.cat((cells, spread), dim=-1)
 
 
+class Standardizer(nn.Module):
+    """Embeddings with mean 0 and standard deviation 1 in each dimension, over the pictures it was fitted on.
+
+    Args:
+        width: of an embedding.
+    """
+
+    # A dimension that hardly moves is not blown up to noise: no standard deviation counts as less than this share of
+    # their mean.
+    FLOOR = 1e-3
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.mean: Tensor
+        self.scale: Tensor
+
+    def fit(self, mean: Tensor, std: Tensor) -> None:
+        """Take over the mean and the standard deviation of each dimension, both (d,)."""
+        floor = (self.FLOOR * std.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        self.mean.copy_(mean)
+        self.scale.copy_(1 / std.maximum(floor))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (..., d), standardised."""
+        return (embeddings - self.mean) * self.scale
+
+
+def with_standardizer(encoder: Encoder, *, enabled: bool) -> Encoder:
+    """The encoder with a standardiser to be fitted or loaded, where `enabled`."""
+    if enabled:
+        encoder.standardizer = Standardizer(encoder.width).to(next(encoder.parameters()).device)
+    return encoder
+
+
 class Encoder(nn.Module):
     """A timm network without its classifier.
 
@@ -135,13 +173,19 @@ class Encoder(nn.Module):
         self.mean: tuple[float, float, float] = tuple(float(v) for v in cfg["mean"])
         self.std: tuple[float, float, float] = tuple(float(v) for v in cfg["std"])
         self.fixed_input_size = bool(cfg.get("fixed_input_size", False))
+        # A `Standardizer` with --standardize; it has no state otherwise.
+        self.standardizer: nn.Module = nn.Identity()
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Embedding e = E(x), (N, d), of normalised pixels (N, 3, H, W)."""
+    def pool(self, pixels: Tensor) -> Tensor:
+        """What the network itself gives, (N, d), of normalised pixels (N, 3, H, W)."""
         return torch.cat(self.parts(pixels), dim=1)
 
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Embedding e = E(x), (N, d), of normalised pixels (N, 3, H, W); standardised where the run says so."""
+        return self.standardizer(self.pool(pixels))
+
     def parts(self, pixels: Tensor) -> list[Tensor]:
-        """What the embedding consists of, in its order: the pooled output, then what each depth adds."""
+        """What `pool` puts side by side: the pooled output, then what each depth adds."""
         features, maps = self._features(pixels)
         return [self.net.forward_head(features, pre_logits=True), *(part.pooled for part in maps)]
 
@@ -150,13 +194,41 @@ class Encoder(nn.Module):
         strides = "" if self.early_downsampling else " without early down-sampling"
         return [f"{name}{strides}" for name in ("output", *(f"depth {depth}" for depth in self.depths))]
 
+    def last_blocks(self, count: int) -> list[str]:
+        """Names of the parameters of the last `count` blocks, and of what follows them, as timm divides the network.
+
+        Raises:
+            ConfigError: the network has fewer blocks, or timm does not say which.
+        """
+        if count == 0:
+            return []
+        if not hasattr(self.net, "group_matcher"):
+            raise self._blocks_error(count, "a network whose blocks timm does not tell apart", "another --encoder")
+        # timm's way to append what no other pattern has to the group before it.
+        rest = {"rest": [(r".", MATCH_PREV_GROUP)]}
+        groups = timm.models.group_parameters(self.net, self.net.group_matcher(coarse=False) | rest)
+        blocks = [groups[index] for index in sorted(groups)][1:]  # without the stem
+        if count > len(blocks):
+            raise self._blocks_error(count, f"{self.name}, which has {len(blocks)} blocks", "fewer blocks")
+        return [f"net.{name}" for block in blocks[len(blocks) - count :] for name in block]
+
+    def _blocks_error(self, count: int, got: str, remedy: str) -> ConfigError:
+        return ConfigError(
+            f"--stage2.train-encoder-blocks {count}",
+            got=got,
+            wanted=f"{count} blocks to train",
+            remedy=f"name {remedy}",
+        )
+
     def forward(self, pixels: Tensor) -> EncoderOutput:
         """Embedding, and one embedding for each cell of the last map, of normalised pixels (N, 3, H, W)."""
         features, maps = self._features(pixels)
         cells = self._token_cells(features) if features.ndim == 3 else self._map_cells(features)
         parts = [part.on_grid(cells.shape[1:3]) for part in maps]
         pooled = [self.net.forward_head(features, pre_logits=True), *(part.pooled for part in maps)]
-        return EncoderOutput(torch.cat(pooled, dim=1), torch.cat((cells, *parts), dim=-1))
+        return EncoderOutput(
+            self.standardizer(torch.cat(pooled, dim=1)), self.standardizer(torch.cat((cells, *parts), dim=-1))
+        )
 
     def _features(self, pixels: Tensor) -> tuple[Tensor, list[DepthOutput]]:
         """The last map or tokens, and what the depths add."""

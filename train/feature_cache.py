@@ -149,7 +149,8 @@ class FeatureCache:
 
 
 class CropCache:
-    """Embeddings of a list of pictures as scoring sees them, that is of their centre crops.
+    """Embeddings of a list of pictures as scoring sees them, that is of their centre crops; kept as the encoder gives
+    them, so that runs with --standardize and without share them.
 
     Args:
         path: file to make, or to go on with.
@@ -165,7 +166,15 @@ class CropCache:
         self._rows = FeatureCache(path, draws=1, pictures=len(records), width=width, views=1)
 
     def embeddings(self, model: EncodingModel, part: slice = slice(None), *, workers: int = 0) -> Tensor:
-        """Embeddings of `records[part]`, (n, d) float32 on the CPU, in the batches that scoring has them in.
+        """Embeddings e of `records[part]`, (n, d) float32 on the CPU; arguments as in `pooled`."""
+        rows, standardizer = self.pooled(model, part, workers=workers), model.encoder.standardizer
+        if isinstance(standardizer, nn.Identity) or not len(rows):
+            return rows
+        device = next(model.parameters()).device
+        return torch.cat([standardizer(batch.to(device)).cpu() for batch in rows.split(BATCH_SIZE)])
+
+    def pooled(self, model: EncodingModel, part: slice = slice(None), *, workers: int = 0) -> Tensor:
+        """The same before they are standardised, in the batches that scoring has them in.
 
         Args:
             model: whose encoder is frozen, and in eval mode.
@@ -177,7 +186,8 @@ class CropCache:
         missing = [batch for batch in batches if not self._rows.holds(0, batch)]
         if missing:
             records = [self.records[key.index] for batch in missing for key in batch]
-            for batch, rows in zip(missing, embedded_batches(model, records, workers=workers), strict=True):
+            computed = embedded_batches(model, records, workers=workers, standardized=False)
+            for batch, rows in zip(missing, computed, strict=True):
                 self._rows.write(0, batch, rows)
         return self._rows.read(0, keys)[0]
 

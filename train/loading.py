@@ -96,12 +96,21 @@ class EpochBatches(Sampler[list[Key]]):
 
     The last batch is smaller when the pictures do not fill it; no picture is left out. Several processes get
     consecutive parts of each batch; one whose part is empty gets a picture whose rows it has to leave out.
+    With the labels of two classes to balance, an epoch has as many pictures of either, which take turns.
     """
 
     def __init__(
-        self, count: int, batch_size: int, plan: ViewPlan, epoch: int, start: int = 0, ranks: Ranks = ALONE
+        self,
+        count: int,
+        batch_size: int,
+        plan: ViewPlan,
+        epoch: int,
+        start: int = 0,
+        ranks: Ranks = ALONE,
+        balance: Sequence[int] | None = None,
     ) -> None:
-        self.batches = batch_count(count, batch_size)
+        self.batches = batch_count(epoch_pictures(count, balance), batch_size)
+        self.balance = balance
         self.count, self.batch_size, self.plan, self.epoch, self.start = count, batch_size, plan, epoch, start
         self.ranks = ranks
 
@@ -109,7 +118,8 @@ class EpochBatches(Sampler[list[Key]]):
         return self.batches - self.start
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = np.random.default_rng([self.plan.seed, self.plan.stage, self.epoch]).permutation(self.count)
+        rng = np.random.default_rng([self.plan.seed, self.plan.stage, self.epoch])
+        order = rng.permutation(self.count) if self.balance is None else balanced_order(self.balance, rng)
         for batch in range(self.start, self.batches):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             part = self.ranks.part(len(chosen))
@@ -131,6 +141,30 @@ class PreparedDataset(Dataset[NDArray[np.uint8]]):
         return prepare(load_pixels(self.records[index]), self.spec)
 
 
+def epoch_pictures(count: int, balance: Sequence[int] | None) -> int:
+    """Pictures in an epoch of `count` records, of which those of the rarer class come again to be balanced."""
+    return count if balance is None else 2 * max(sum(balance), len(balance) - sum(balance))
+
+
+def balanced_order(labels: Sequence[int], rng: np.random.Generator) -> NDArray[np.intp]:
+    """Indices of real and fake pictures in turn, as many of either.
+
+    Args:
+        labels: 0 real, 1 fake; both are there.
+        rng: source of the order.
+
+    Returns:
+        All of the more frequent class once; those of the rarer one as often as each other, or once more.
+    """
+    classes = [np.flatnonzero(np.asarray(labels) == label) for label in (0, 1)]
+    longest = max(map(len, classes))
+    rows = [
+        np.concatenate([rng.permutation(members) for _ in range(-(-longest // len(members)))])[:longest]
+        for members in classes
+    ]
+    return np.stack(rows, axis=1).ravel()
+
+
 def batch_count(pictures: int, batch_size: int) -> int:
     """Batches in an epoch, the last one perhaps smaller."""
     return -(-pictures // batch_size)
@@ -145,6 +179,7 @@ def view_loader(
     start: int = 0,
     workers: int = 0,
     ranks: Ranks = ALONE,
+    balance: Sequence[int] | None = None,
 ) -> DataLoader[ViewBatch]:
     """Loader over this process's part of the views of one epoch, from batch `start` on.
 
@@ -153,7 +188,7 @@ def view_loader(
     """
     return DataLoader(
         ViewDataset(records, plan),
-        batch_sampler=EpochBatches(len(records), batch_size, plan, epoch, start, ranks),
+        batch_sampler=EpochBatches(len(records), batch_size, plan, epoch, start, ranks, balance),
         num_workers=workers,
         collate_fn=_view_batch,
         # Its own generator: the loader would otherwise draw from, and so shift, the run's random numbers.

@@ -27,6 +27,7 @@ from train.checkpoint import STATE_FILE, append_history, save_state
 from train.config import RunConfig
 from train.errors import TrainingError
 from train.methods import METHODS
+from train.optimizing import optimizer_of, schedule_of
 from train.stages import DEGENERATE, Batch, Stage
 
 
@@ -65,10 +66,8 @@ class StageLoop:
         self.stage, self.run, self.config, self.position = stage, run, config, position
         self.fingerprint = fingerprint
         settings = stage.settings
-        self.optimizer = torch.optim.SGD(
-            stage.trainable(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=settings.epochs * stage.steps)
+        self.optimizer = optimizer_of(stage.parameter_groups(), settings)
+        self.scheduler = schedule_of(self.optimizer, settings, stage.steps)
         if saved is not None:
             self._restore(saved)
         self.losses: nn.Module = _Losses(stage)
@@ -139,7 +138,7 @@ class StageLoop:
         stage, position = self.stage, self.position
         # Batch norm in train mode leaves each process with the statistics of its own rows; the first one's count.
         stage.ranks.share_buffers(stage.model)
-        means = {name: total / len(stage.records) for name, total in position.sums.items()}
+        means = {name: total / stage.epoch_pictures for name, total in position.sums.items()}
         figures, warnings = stage.epoch_report()
         degenerate = {name: count for name, count in position.counts.items() if count}
         warnings += [f"{count} of {stage.steps} batches {DEGENERATE[name]}" for name, count in degenerate.items()]

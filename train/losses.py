@@ -111,8 +111,30 @@ def natural_trace_loss(
     return TraceLoss(total, homogeneous, heterogeneous, orthogonality)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, *, balanced: bool = False) -> Tensor:
+    """Binary cross entropy, Eq. (6), mean over rows.
+
+    Args:
+        logits: (N,) float, larger means more likely fake.
+        labels: (N,) int64, 0 real, 1 fake.
+        balanced: the mean over the classes of their means instead, so that the rarer one counts as much.
+    """
+    targets = labels.to(logits.dtype)
+    if not balanced:
+        return F.binary_cross_entropy_with_logits(logits, targets)
+    counts = labels.bincount(minlength=2)
+    weights = len(labels) / ((counts > 0).sum() * counts.clamp_min(1))[labels]
+    return F.binary_cross_entropy_with_logits(logits, targets, weight=weights.to(logits.dtype))
+
+
 def detector_loss(
-    contrastive: Tensor | None, logits: Tensor, labels: Tensor, *, gamma: float, scl_weight: float = 1.0
+    contrastive: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma: float,
+    scl_weight: float = 1.0,
+    balanced: bool = False,
 ) -> DetectorLoss:
     """Discriminative loss L_scl + gamma L_ce, Eqs. (6) and (7).
 
@@ -122,8 +144,9 @@ def detector_loss(
         labels: (N,) int64, 0 real, 1 fake.
         gamma: weight of the cross entropy.
         scl_weight: weight of the contrastive loss.
+        balanced: as in `cross_entropy`.
     """
-    classification = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    classification = cross_entropy(logits, labels, balanced=balanced)
     total = gamma * classification
     if contrastive is not None:
         total = scl_weight * contrastive + total

@@ -85,7 +85,9 @@ def with_method(config: RunConfig, method: Method) -> RunConfig:
 def encoder_stays_frozen(config: RunConfig) -> bool:
     """Whether no stage of the run changes the encoder."""
     method = METHODS[config.method]
-    return not method.trains_encoder and not (method.natural_traces and config.stage1.train_encoder)
+    if method.natural_traces:
+        return not config.stage1.train_encoder and config.stage2.train_encoder_blocks == 0
+    return not method.trains_encoder
 
 
 def check_method(config: RunConfig) -> None:
@@ -102,12 +104,30 @@ def check_method(config: RunConfig) -> None:
             wanted="encoder: there is no projection that was trained",
             remedy="pass --classifier-input encoder",
         )
-    if method.trains_encoder and config.cache.cache_features:
+    blocks = config.stage2.train_encoder_blocks
+    if blocks and not method.natural_traces:
+        raise ConfigError(
+            f"--stage2.train-encoder-blocks {blocks}",
+            got=f"--method {config.method}",
+            wanted="ntf, whose stage 2 has a frozen encoder otherwise",
+            remedy="leave it out, or take --method bce to train the whole encoder",
+        )
+    if config.cache.cache_features and (method.trains_encoder or blocks):
+        trainer = f"--stage2.train-encoder-blocks {blocks}" if blocks else f"--method {config.method}"
         raise ConfigError(
             "--cache-features",
-            got=f"--method {config.method}, which trains the encoder",
+            got=f"{trainer}, which trains the encoder",
             wanted="a frozen encoder, whose embeddings stay as they are",
             remedy="leave it out",
+        )
+    trained_before = method.natural_traces and config.stage1.train_encoder
+    if config.model.standardize and (method.trains_encoder or trained_before):
+        trainer = "--stage1.train-encoder" if trained_before else f"--method {config.method}"
+        raise ConfigError(
+            "--standardize",
+            got=f"{trainer}, which trains the encoder",
+            wanted="a frozen encoder, whose embeddings stay as they are",
+            remedy="pass --no-stage1.train-encoder" if trained_before else "leave it out",
         )
     _check_neighbours(config, method)
 
@@ -123,6 +143,7 @@ def _check_neighbours(config: RunConfig, method: MethodSpec) -> None:
             "an option of augmentation": config.augment != type(config.augment)(),
             "--precision bf16": config.compute.precision != "fp32",
             "--compile": config.compute.compile,
+            "--standardize": config.model.standardize,
         }
         wanted = "one pass over centre crops with the float32 encoder that is shipped"
     for option, passed in unused.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal, NamedTuple
 
 import torch
@@ -70,12 +71,19 @@ class EncodingModel(nn.Module):
         self.encoder = encoder
         self.normalizer = PixelNormalizer(encoder.mean, encoder.std)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Encoder embeddings e, (N, d), of raw images (N, H, W, 3) uint8; without gradient, from the store if any."""
+    def pool(self, images: Tensor) -> Tensor:
+        """What the encoder gives, (N, d), before it is standardised; of raw images (N, H, W, 3) uint8.
+
+        Without gradient, from the encoder's store where it has one.
+        """
         store = self.encoder.store
         if store is not None and not torch.is_grad_enabled():
             return store.embed(self.encoder, self.normalizer, images)
-        return self.encoder.embed(self.normalizer(images))
+        return self.encoder.pool(self.normalizer(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Encoder embeddings e, (N, d), of raw images (N, H, W, 3) uint8."""
+        return self.encoder.standardizer(self.pool(images))
 
 
 class TraceModel(EncodingModel):
@@ -197,15 +205,19 @@ class NTFDetector(EncodingModel):
         )
 
 
-def detector_from_traces(traces: TraceModel, embedding_dim: int, kind: ClassifierInput) -> NTFDetector:
+def detector_from_traces(
+    traces: TraceModel, embedding_dim: int, kind: ClassifierInput, *, own_encoder: bool = False
+) -> NTFDetector:
     """Detector for stage 2: E and f_hom of stage 1, frozen; g and D new.
 
     Args:
         traces: the trained stage-1 model; its modules are taken over, not copied.
         embedding_dim: C of the new projection, and of the traces.
         kind: what the classifier reads.
+        own_encoder: copy E, so that the detector's may be trained while the one of the traces stays.
     """
-    detector = NTFDetector(traces.encoder, embedding_dim, kind, head_width=traces.head_width)
+    encoder = copy.deepcopy(traces.encoder) if own_encoder else traces.encoder
+    detector = NTFDetector(encoder, embedding_dim, kind, head_width=traces.head_width)
     detector.head_hom = traces.head_hom
     return freeze_natural_traces(detector)
 

@@ -26,7 +26,7 @@ from train.adaptation import (
     parent_record,
     refuse_other_pictures,
 )
-from train.caches import detector_cache, shipped_embeddings, trace_cache
+from train.caches import detector_cache, fit_standardizer, shipped_embeddings, trace_cache
 from train.checkpoint import (
     CONFIG_FILE,
     STAGE1_FILE,
@@ -54,7 +54,7 @@ from train.config import (
     config_from_file,
     preset_config,
 )
-from train.encoder import Encoder, check_encoder, load_exactly, read_state
+from train.encoder import Encoder, check_encoder, load_exactly, read_state, with_standardizer
 from train.errors import ConfigError
 from train.integrity import CORRUPT_FILE, corrupt_counts, data_source, split_of_run
 from train.loss_backend import LossBackend, choose_loss_backend, resumed_loss_backend
@@ -294,13 +294,15 @@ def train(
         if METHODS[config.method].natural_traces:
             print(backend.describe(), flush=True)
 
+    traces = None
     if METHODS[config.method].natural_traces:
-        detector = train_detector(session, train_traces(session, stage1_from))
+        traces = train_traces(session, stage1_from)
+        detector = train_detector(session, traces)
     elif METHODS[config.method].neighbours:
         detector = keep_neighbours(session)
     else:
         detector = train_classifier(session)
-    return finish(session, detector) if ranks.first else detector.eval()
+    return finish(session, detector, traces) if ranks.first else detector.eval()
 
 
 def train_traces(session: Session, stage1_from: Path | None = None) -> TraceModel:
@@ -320,8 +322,11 @@ def train_traces(session: Session, stage1_from: Path | None = None) -> TraceMode
         model = load_traces(config, Path(config.adapt.run))
     else:
         model = TraceModel(session.encoder(), config.model.embedding_dim, head_width=config.model.head_width)
+    model.encoder.last_blocks(config.stage2.train_encoder_blocks)  # too many are refused here, and not after stage 1
     model.to(session.device)
     prepare_model(model, config.compute)
+    if config.model.standardize and saved is None and not config.adapt.adapt_real:
+        fit_standardizer(session, model)
     cache = trace_cache(session, model)
     session.loop(TraceStage(model, session.data.traces, config, session.ranks, cache)).train()
     if session.ranks.first:
@@ -336,6 +341,7 @@ def load_traces(config: RunConfig, run: Path) -> TraceModel:
         CheckpointError: it is not there, or does not fit.
     """
     encoder = Encoder(config.model.encoder, **config.model.encoder_options())
+    with_standardizer(encoder, enabled=config.model.standardize)
     model = TraceModel(encoder, config.model.embedding_dim, head_width=config.model.head_width)
     path = require_run_file(run, STAGE1_FILE)
     load_exactly(model, read_state(path), source=path)
@@ -344,15 +350,20 @@ def load_traces(config: RunConfig, run: Path) -> TraceModel:
 
 
 def train_detector(session: Session, traces: TraceModel) -> NTFDetector:
-    """Stage 2 on the frozen encoder."""
+    """Stage 2 on the frozen encoder, or on one whose last blocks are trained."""
     config, model = session.config, session.config.model
+    tuned = config.stage2.train_encoder_blocks > 0
     torch.manual_seed(config.seed + 1)
-    detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input).to(session.device)
+    detector = detector_from_traces(traces, model.embedding_dim, model.classifier_input, own_encoder=tuned)
+    prepare_model(detector.to(session.device), config.compute)
     if config.adapt.adapt_real:
         parent = load_detector(Path(config.adapt.run))
         detector.projection.load_state_dict(parent.projection.state_dict())
         detector.classifier.load_state_dict(parent.classifier.state_dict())
-    return run_stage2(session, detector, DetectorStage)
+    if not tuned:
+        return run_stage2(session, detector, DetectorStage)
+    prepare_model(traces.requires_grad_(False).eval(), config.compute)  # as stage 1 had it, also where it was loaded
+    return run_stage2(session, detector, DetectorStage, traces)
 
 
 def train_classifier(session: Session) -> NTFDetector:
@@ -361,13 +372,17 @@ def train_classifier(session: Session) -> NTFDetector:
     torch.manual_seed(config.seed + 1)
     detector = NTFDetector(session.encoder(), model.embedding_dim, model.classifier_input, head_width=model.head_width)
     detector.to(session.device)
+    prepare_model(detector, config.compute)
+    if model.standardize and session.saved is None:
+        fit_standardizer(session, detector)
     return run_stage2(session, detector, CrossEntropyStage)
 
 
-def run_stage2(session: Session, detector: NTFDetector, kind: type[DetectorStage]) -> NTFDetector:
-    """Train a detector on the labelled pictures."""
+def run_stage2(
+    session: Session, detector: NTFDetector, kind: type[DetectorStage], traces: TraceModel | None = None
+) -> NTFDetector:
+    """Train a detector on the labelled pictures; `traces` has the natural traces' encoder where it is another one."""
     config, data = session.config, session.data
-    prepare_model(detector, config.compute)
     stage = kind(
         detector,
         data.train.records,
@@ -376,23 +391,31 @@ def run_stage2(session: Session, detector: NTFDetector, kind: type[DetectorStage
         session.backend.name,
         session.ranks,
         detector_cache(session, detector),
+        traces,
     )
     session.loop(stage).train()
     return detector
 
 
-def finish(session: Session, detector: NTFDetector) -> NTFDetector:
-    """Store the mean natural trace and fit temperature, bias and thresholds on the validation pictures."""
+def finish(session: Session, detector: NTFDetector, traces: TraceModel | None) -> NTFDetector:
+    """Store the mean natural trace and fit temperature, bias and thresholds on the validation pictures.
+
+    Args:
+        session: of the run.
+        detector: trained.
+        traces: what stage 1 left; None for a method without natural traces.
+    """
     config, run, validation = session.config, session.run, session.data.validation.records
     # As `load_detector` has it, so that thresholds are those of the model that is shipped.
     detector.eval().to(memory_format=torch.contiguous_format)
-    if METHODS[config.method].natural_traces:
+    if traces is not None:
         reals = [record for record in session.data.traces if record.label == 0]
-        kept = shipped_embeddings(session, detector, reals)
+        traces.eval().to(memory_format=torch.contiguous_format)
+        kept = shipped_embeddings(session, traces, reals)
         detector.mean_trace.copy_(
-            mean_natural_trace(detector, reals, workers=config.workers)
+            mean_natural_trace(traces, reals, workers=config.workers)
             if kept is None
-            else mean_trace_of_embeddings(detector, kept)
+            else mean_trace_of_embeddings(traces, kept)
         )
     save_weights(run / STAGE2_FILE, detector)
     kept = shipped_embeddings(session, detector, validation)

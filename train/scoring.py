@@ -86,7 +86,12 @@ def score_images(detector: NTFDetector, images: torch.Tensor) -> Scores:
 
 @torch.inference_mode()
 def embedded_batches(
-    model: EncodingModel, records: Sequence[PictureRecord], *, batch_size: int = BATCH_SIZE, workers: int = 0
+    model: EncodingModel,
+    records: Sequence[PictureRecord],
+    *,
+    batch_size: int = BATCH_SIZE,
+    workers: int = 0,
+    standardized: bool = True,
 ) -> Iterator[torch.Tensor]:
     """Embeddings e of the records in batches (B, d) float32, in their order; the encoder is in eval mode.
 
@@ -95,10 +100,12 @@ def embedded_batches(
         records: pictures, as the exported model sees them.
         batch_size: pictures in a forward pass; the same as in `score_pictures` gives the same bits.
         workers: processes that decode.
+        standardized: False for what the encoder gives before it is standardised.
     """
     device = next(model.parameters()).device
+    embed = model.embed if standardized else model.pool
     for images in prepared_loader(records, preprocess_spec(model.encoder), batch_size=batch_size, workers=workers):
-        yield model.embed(images.to(device)).float()
+        yield embed(images.to(device)).float()
 
 
 @torch.inference_mode()

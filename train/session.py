@@ -13,7 +13,7 @@ import torch
 from train.checkpoint import CONFIG_FILE
 from train.config import RunConfig, config_from_dict
 from train.embedding_store import EmbeddingStore
-from train.encoder import Encoder, load_encoder
+from train.encoder import Encoder, load_encoder, with_standardizer
 from train.errors import CheckpointError, ConfigError
 from train.feature_cache import weights_sha256
 from train.loop import Position, StageLoop
@@ -72,6 +72,7 @@ class Session:
         """The encoder that the run begins with, and its store where the run has one."""
         model = self.config.model
         encoder = load_encoder(model.encoder, model.encoder_weights, **model.encoder_options())
+        with_standardizer(encoder, enabled=model.standardize)
         return with_store(encoder, self.config)
 
     def loop(self, stage: Stage) -> StageLoop:

@@ -75,6 +75,8 @@ def trace_record(session: Session, stage1_from: Path | None) -> dict[str, Any]:
             remedy="leave it out",
         )
     basis = trace_basis(config, session.data.traces, session.device.type, session.ranks)
+    if config.model.standardize:  # over all training pictures, the fakes as well
+        basis["standardized over"] = session.data.hashes["train_sha256"]
     source = {} if stage1_from is None else {SOURCE_KEY: require_same_basis(stage1_from, basis)}
     return {BASIS_KEY: basis} | source
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from train.compute import autocast, compiled
 from train.config import RunConfig, Stage1Config, Stage2Config
 from train.errors import ConfigError
 from train.feature_cache import StageCache
-from train.loading import EpochBatches, ViewBatch, ViewPlan, batch_count, view_loader
-from train.losses import detector_loss, natural_trace_loss, spread_of
+from train.loading import EpochBatches, ViewBatch, ViewPlan, batch_count, epoch_pictures, view_loader
+from train.losses import cross_entropy, detector_loss, natural_trace_loss, spread_of
 from train.methods import METHODS
-from train.model import NTFDetector, TraceModel, freeze_natural_traces
+from train.model import EncodingModel, NTFDetector, TraceModel, freeze_natural_traces
 from train.pictures import PictureRecord
 from train.ranks import ALONE, Ranks
 from train.scoring import BATCH_SIZE, embed_pictures, score_embeddings, score_pictures
@@ -45,7 +45,7 @@ DEGENERATE = {
 
 
 class FeatureBatch(NamedTuple):
-    """Embeddings of two views of each of B pictures."""
+    """Embeddings of two views of each of B pictures, as the encoder gives them."""
 
     first: Tensor  # (B, d)
     second: Tensor  # (B, d)
@@ -67,20 +67,26 @@ class Stage(ABC):
         config: of the run.
         ranks: the processes that train it together.
         cache: embeddings that were computed before, or None; for a frozen encoder.
+        balance: labels of the records where both classes are to come alike, or None.
     """
 
     number: int
-    model: nn.Module
+    model: EncodingModel
     records: Sequence[PictureRecord]
     settings: Stage1Config | Stage2Config
     plan: ViewPlan
     config: RunConfig
     ranks: Ranks
     cache: StageCache | None = None
+    balance: Sequence[int] | None = None
 
     @abstractmethod
     def trainable(self) -> list[nn.Parameter]:
         """Parameters that the optimiser may change."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The same in groups, of which one may have a learning rate of its own."""
+        return [{"params": self.trainable()}]
 
     @abstractmethod
     def set_train_mode(self) -> None:
@@ -108,12 +114,17 @@ class Stage(ABC):
     @property
     def steps(self) -> int:
         """Batches in an epoch."""
-        return batch_count(len(self.records), self.settings.batch_size)
+        return batch_count(self.epoch_pictures, self.settings.batch_size)
+
+    @cached_property
+    def epoch_pictures(self) -> int:
+        """Pictures in an epoch."""
+        return epoch_pictures(len(self.records), self.balance)
 
     def pictures(self, step: int) -> int:
         """Pictures of the joint batch `step`; the last one may have fewer."""
         size = self.settings.batch_size
-        return min(size, len(self.records) - step * size)
+        return min(size, self.epoch_pictures - step * size)
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """This process's parts of the batches of an epoch, from batch `start` on, on the model's device."""
@@ -122,7 +133,7 @@ class Stage(ABC):
             return
         cache, draw = self.cache.views, self.plan.draw(epoch)
         size = self.settings.batch_size
-        keys = list(EpochBatches(len(self.records), size, self.plan, epoch, start, self.ranks))
+        keys = list(EpochBatches(len(self.records), size, self.plan, epoch, start, self.ranks, self.balance))
         known = next((step for step, batch in enumerate(keys) if not cache.holds(draw, batch)), len(keys))
         for batch_keys in keys[:known]:
             labels = torch.tensor([self.records[key.index].label for key in batch_keys])
@@ -145,9 +156,18 @@ class Stage(ABC):
             start=start,
             workers=self.config.workers,
             ranks=self.ranks,
+            balance=self.balance,
         )
         for batch in loader:
             yield ViewBatch(*(tensor.to(self.device) for tensor in batch))
+
+    def features(self, batch: Batch) -> FeatureBatch:
+        """Embeddings e of a batch."""
+        found = batch if isinstance(batch, FeatureBatch) else self.encode(batch)
+        standardizer = self.model.encoder.standardizer
+        if isinstance(standardizer, nn.Identity):
+            return found
+        return FeatureBatch(standardizer(found.first.float()), standardizer(found.second.float()), found.labels)
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +192,7 @@ class TraceStage(Stage):
         self.records = [record for record in records if record.label == 0]
         self.config, self.ranks, self.cache = config, ranks, cache
         self.settings = config.stage1
-        self.embed = compiled(model.embed, config.compute)
+        self.pool = compiled(model.pool, config.compute)
         self.plan = stage1_plan(config, model.encoder.input_size)
 
     def trainable(self) -> list[nn.Parameter]:
@@ -186,11 +206,11 @@ class TraceStage(Stage):
     def encode(self, batch: ViewBatch) -> FeatureBatch:
         trained = self.config.stage1.train_encoder
         with torch.set_grad_enabled(trained), autocast(self.config.compute, self.device):
-            first, second = self.embed(torch.cat((batch.first, batch.second))).chunk(2)
+            first, second = self.pool(torch.cat((batch.first, batch.second))).chunk(2)
         return FeatureBatch(first, second, batch.labels)
 
     def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
-        features = batch if isinstance(batch, FeatureBatch) else self.encode(batch)
+        features = self.features(batch)
         with autocast(self.config.compute, self.device):
             embeddings = torch.cat((features.first, features.second))
             own = self.model.head_hom(embeddings), self.model.head_het(embeddings)
@@ -256,6 +276,7 @@ class DetectorStage(Stage):
         loss_backend: implementation of Eq. (5).
         ranks: the processes that train it together.
         cache: embeddings that were computed before, or None.
+        traces: what stage 1 left, where stage 2 trains blocks of the encoder; its own encoder stays.
     """
 
     number = 2
@@ -269,14 +290,16 @@ class DetectorStage(Stage):
         loss_backend: Implementation,
         ranks: Ranks = ALONE,
         cache: StageCache | None = None,
+        traces: TraceModel | None = None,
     ) -> None:
         self.model: NTFDetector = model
         self.records = list(records)
         self.validation = validation
         self.config, self.ranks, self.cache = config, ranks, cache
         self.settings = config.stage2
-        self.embed = compiled(model.embed, config.compute)
-        self.loss_backend = loss_backend
+        self.pool = compiled(model.pool, config.compute)
+        self.loss_backend, self.traces = loss_backend, traces
+        self.balance = [record.label for record in self.records] if config.stage2.class_balance else None
         crop = config.stage2.scl_crop
         if model.encoder.fixed_input_size and (crop, crop) != model.input_size:
             raise ConfigError(
@@ -288,31 +311,67 @@ class DetectorStage(Stage):
         self.plan = stage2_plan(config, model.input_size)
 
     def trainable(self) -> list[nn.Parameter]:
-        freeze_natural_traces(self.model)
+        self._freeze()
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        tuned = {id(parameter) for parameter in self._tuned()}
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.trainable() if id(p) not in tuned]}]
+        if tuned:
+            lr = self.settings.lr * self.config.stage2.encoder_lr_factor
+            groups.append({"params": self._tuned(), "lr": lr})
+        return groups
 
     def set_train_mode(self) -> None:
         self.model.train()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Freeze the encoder but for the blocks that are trained; all of it keeps its batch-norm statistics."""
         freeze_natural_traces(self.model)
+        for parameter in self._tuned():
+            parameter.requires_grad_(True)
+
+    def _tuned(self) -> list[nn.Parameter]:
+        """What is trained of the encoder."""
+        blocks = self.config.stage2.train_encoder_blocks
+        encoder = self.model.encoder
+        return [encoder.get_parameter(name) for name in encoder.last_blocks(blocks)] if blocks else []
+
+    def encode(self, batch: ViewBatch) -> FeatureBatch:
+        """Embeddings of a batch, float32."""
+        tuned = self.config.stage2.train_encoder_blocks > 0
+        with torch.set_grad_enabled(tuned), autocast(self.config.compute, self.device):
+            return FeatureBatch(self.pool(batch.first).float(), self.pool(batch.second).float(), batch.labels)
 
     @torch.no_grad()
-    def encode(self, batch: ViewBatch) -> FeatureBatch:
-        """Embeddings of a batch by the frozen encoder, float32."""
+    def natural_traces(self, batch: Batch, features: FeatureBatch, rows: int) -> Tensor:
+        """h = f_hom(E(x)) of the real pictures among the first `rows`, (J, C), by the encoder as stage 1 left it."""
+        first = self.config.stage2.trace_crop == "input"
+        real = features.labels[:rows] == 0
+        seen = (features.first if first else features.second)[:rows][real]
         with autocast(self.config.compute, self.device):
-            return FeatureBatch(self.embed(batch.first).float(), self.embed(batch.second).float(), batch.labels)
+            if self.traces is not None and len(seen):
+                assert isinstance(batch, ViewBatch)  # embeddings are not cached where the encoder is trained
+                seen = self.traces.embed((batch.first if first else batch.second)[:rows][real]).float()
+            return self.model.head_hom(seen)
 
     def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
         model, loss = self.model, self.config.loss
         rows = self.ranks.counts(pictures)[self.ranks.rank]
-        features = batch if isinstance(batch, FeatureBatch) else self.encode(batch)
+        features = self.features(batch)
         embeddings, crops, labels = (part[:rows] for part in features)
         with autocast(self.config.compute, self.device):
             z = model.projection(crops)
             own_logits = model.classify(embeddings, model.projection(embeddings)).float()
-        contrastive = self._contrastive(z, embeddings, crops, labels) if loss.scl_weight else None
+        contrastive = (
+            self._contrastive(z, self.natural_traces(batch, features, rows), labels) if loss.scl_weight else None
+        )
         logits = self.ranks.joint(own_logits, pictures)
         labels = self.ranks.joint(labels, pictures)
-        result = detector_loss(contrastive, logits, labels, gamma=loss.gamma, scl_weight=loss.scl_weight)
+        result = detector_loss(
+            contrastive, logits, labels, gamma=loss.gamma, scl_weight=loss.scl_weight, balanced=self.balance is not None
+        )
         figures = {
             "loss": result.total,
             "classification": result.classification,
@@ -323,12 +382,9 @@ class DetectorStage(Stage):
             figures |= {"contrastive": result.contrastive, NO_REAL: (labels == 1).all()}
         return figures
 
-    def _contrastive(self, z: Tensor, embeddings: Tensor, crops: Tensor, labels: Tensor) -> Tensor:
+    def _contrastive(self, z: Tensor, traces: Tensor, labels: Tensor) -> Tensor:
         """Eq. (5) over the rows of all processes; arguments are this process's."""
-        model, loss = self.model, self.config.loss
-        with torch.no_grad(), autocast(self.config.compute, self.device):
-            seen = embeddings if self.config.stage2.trace_crop == "input" else crops
-            traces = model.head_hom(seen[labels == 0])
+        loss = self.config.loss
         return gathered_soft_contrastive_loss(
             z,
             labels,
@@ -379,18 +435,18 @@ class CrossEntropyStage(DetectorStage):
     def encode(self, batch: ViewBatch) -> FeatureBatch:
         """Embeddings of the classifier's views; there is no use for the others."""
         with torch.set_grad_enabled(self.trains_encoder), autocast(self.config.compute, self.device):
-            embeddings = self.embed(batch.first).float()
+            embeddings = self.pool(batch.first).float()
         return FeatureBatch(embeddings, embeddings, batch.labels)
 
     def losses(self, batch: Batch, pictures: int) -> dict[str, Tensor]:
         rows = self.ranks.counts(pictures)[self.ranks.rank]
-        features = batch if isinstance(batch, FeatureBatch) else self.encode(batch)
+        features = self.features(batch)
         with autocast(self.config.compute, self.device):
             own_logits = self.model.classifier(features.first[:rows]).squeeze(-1).float()
         logits = self.ranks.joint(own_logits, pictures)
         labels = self.ranks.joint(features.labels[:rows], pictures)
         return {
-            "loss": F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)),
+            "loss": cross_entropy(logits, labels, balanced=self.balance is not None),
             ONE_CLASS: (labels == labels[0]).all(),
             "accuracy": ((logits > 0) == (labels == 1)).float().mean(),
         }
