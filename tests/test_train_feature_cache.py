@@ -148,10 +148,10 @@ def test_runs_on_the_same_pictures_and_encoder_share_a_folder(cached_config, tmp
     assert difference(tmp_path / "other seed", tmp_path / "first") > 0.1
     rows = 2 * 6, 6, 2 * 12, 20  # views and crops of stage 1, which sees real pictures alone; of stage 2
     sizes = [n * (4 + views * encoder.width * 4) for n, views in zip(rows, (2, 1, 2, 1), strict=True)]
-    assert sorted(path.stat().st_size for path in folder.iterdir()) == sorted(sizes)
+    assert sorted(path.stat().st_size for path in folder.glob("*.features")) == sorted(sizes)
     (tmp_path / "third").mkdir()
     train(dataclasses.replace(base, augment=AugmentConfig(flip=False)), tmp_path / "third")
-    assert len(list(folder.iterdir())) == 4 + 2  # other views, the same crops
+    assert len(list(folder.glob("*.features"))) == 4 + 2  # other views, the same crops
 
 
 def test_only_stage_two_is_cached_where_stage_one_trains_the_encoder(cached_config, tmp_path, encoded, capsys):

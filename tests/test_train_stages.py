@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from training import TINY_ENCODER, tiny_config, write_pictures
@@ -9,8 +11,9 @@ from training import TINY_ENCODER, tiny_config, write_pictures
 from train.config import LossConfig, ModelConfig
 from train.data import load_split
 from train.encoder import Encoder
+from train.errors import ConfigError
 from train.model import NTFDetector, TraceModel
-from train.stages import DetectorStage, TraceStage
+from train.stages import DetectorStage, TraceStage, stage1_plan, stage2_plan
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +82,22 @@ def test_without_its_losses_nothing_trains_the_heterogeneous_head(data):
     bare.losses(next(bare.batches(0, 0)), 4)["loss"].backward()
     assert not any(p.grad.any() for p in model.head_het.parameters() if p.grad is not None)
     assert model.head_hom[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("option", ["--crop", "--stage2.scl-crop"])
+def test_crop_of_a_vit_is_its_input_size(data, option):
+    config = tiny_config(data, encoder="test_vit")
+    if option == "--crop":
+        stage2 = replace(config.stage2, scl_crop=160)
+        config = replace(config, augment=replace(config.augment, crop=96), stage2=stage2)
+    detector = NTFDetector(Encoder("test_vit"), 16, "projection")
+    with pytest.raises(ConfigError, match=rf"{option}: got \d+ with test_vit, whose input size is fixed, wanted 160"):
+        DetectorStage(detector, load_split(data, "train").records, config, [], "reference")
+
+
+def test_crop_is_the_size_of_both_views_of_stage_one_and_of_the_classifiers(data):
+    config = tiny_config(data)
+    config = replace(config, augment=replace(config.augment, crop=96))
+    assert (stage1_plan(config, (160, 160)).first, stage1_plan(config, (160, 160)).second) == ((96, 96), (96, 96))
+    assert (stage2_plan(config, (160, 160)).first, stage2_plan(config, (160, 160)).second) == ((96, 96), (32, 32))
+    assert stage2_plan(tiny_config(data), (160, 160)).first == (160, 160)

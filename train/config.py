@@ -95,11 +95,14 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What happens to a training picture besides cropping; alike on real and fake pictures.
+    """What a training view shows of a picture, and what happens to it; alike on real and fake pictures.
 
     Each view draws for itself. Blur and JPEG are those of Wang et al. 2020 (arXiv:1912.11035), with wider qualities.
     """
 
+    crop: int = 0
+    """Side in pixels of the random crops that stage 1 and the classifier are trained on; 0 takes the encoder's input
+    size, which scores are always taken at. Smaller ones train faster."""
     flip: bool = True
     """Horizontal flip, half of the time."""
     colour_jitter: float = 0.0
@@ -273,6 +276,9 @@ class RunConfig:
     """Processes that decode pictures; 0 decodes in the training process."""
     checkpoint_steps: int = 0
     """Write a checkpoint every so many batches; 0 writes one at the end of each epoch."""
+    checkpoint_epochs: int = 1
+    """Write one at the end of every so many epochs, and of each stage; more than 1 pays where epochs are short and the
+    frozen encoder is large, since each checkpoint holds all of it."""
 
 
 def preset_config(preset: Preset) -> RunConfig:
@@ -355,11 +361,13 @@ def check_config(config: RunConfig) -> None:
         ("--embedding-dim", config.model.embedding_dim, config.model.embedding_dim > 0, positive),
         ("--head-width", config.model.head_width, config.model.head_width >= 0, "0 or more"),
         ("--hom-topk", config.loss.hom_topk, config.loss.hom_topk > 0, positive),
+        ("--crop", config.augment.crop, config.augment.crop >= 0, "0 or more"),
         ("--colour-jitter", config.augment.colour_jitter, 0 <= config.augment.colour_jitter < 1, "[0, 1)"),
         ("--grey", config.augment.grey, 0 <= config.augment.grey <= 1, "[0, 1]"),
         ("--workers", config.workers, config.workers >= 0, "0 or more"),
         ("--seed", config.seed, config.seed >= 0, "0 or more"),
         ("--checkpoint-steps", config.checkpoint_steps, config.checkpoint_steps >= 0, "0 or more"),
+        ("--checkpoint-epochs", config.checkpoint_epochs, config.checkpoint_epochs >= 1, "1 or more"),
         ("--cached-views", config.cache.cached_views, config.cache.cached_views >= 0, "0 or more"),
         ("--nearest-k", config.nearest.nearest_k, config.nearest.nearest_k >= 1, "1 or more"),
         (

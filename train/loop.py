@@ -151,7 +151,8 @@ class StageLoop:
             for warning in warnings:
                 say(f"warning: {warning}")
         position.epoch, position.step, position.sums, position.counts = position.epoch + 1, 0, {}, {}
-        self.save()
+        if position.epoch % self.config.checkpoint_epochs == 0 or position.epoch == stage.settings.epochs:
+            self.save()
         return record
 
     def save(self) -> None:

@@ -54,6 +54,7 @@ WITHOUT_STAGE1 = (
     "device",
     "workers",
     "checkpoint_steps",
+    "checkpoint_epochs",
 )
 
 

@@ -18,6 +18,7 @@ from cpp_ext import gathered_soft_contrastive_loss
 from cpp_ext.ops import Implementation
 from train.compute import autocast, compiled
 from train.config import RunConfig, Stage1Config, Stage2Config
+from train.encoder import Encoder
 from train.errors import ConfigError
 from train.feature_cache import StageCache
 from train.loading import EpochBatches, ViewBatch, ViewPlan, batch_count, epoch_pictures, view_loader
@@ -193,6 +194,7 @@ class TraceStage(Stage):
         self.config, self.ranks, self.cache = config, ranks, cache
         self.settings = config.stage1
         self.pool = compiled(model.pool, config.compute)
+        require_crop(model.encoder, "--crop", config.augment.crop)
         self.plan = stage1_plan(config, model.encoder.input_size)
 
     def trainable(self) -> list[nn.Parameter]:
@@ -300,14 +302,8 @@ class DetectorStage(Stage):
         self.pool = compiled(model.pool, config.compute)
         self.loss_backend, self.traces = loss_backend, traces
         self.balance = [record.label for record in self.records] if config.stage2.class_balance else None
-        crop = config.stage2.scl_crop
-        if model.encoder.fixed_input_size and (crop, crop) != model.input_size:
-            raise ConfigError(
-                "--stage2.scl-crop",
-                got=f"{crop} with {model.encoder_name}, whose input size is fixed",
-                wanted=f"{model.input_size[0]}",
-                remedy="pass the encoder's input size, or choose a convolutional encoder",
-            )
+        require_crop(model.encoder, "--stage2.scl-crop", config.stage2.scl_crop)
+        require_crop(model.encoder, "--crop", config.augment.crop)
         self.plan = stage2_plan(config, model.input_size)
 
     def trainable(self) -> list[nn.Parameter]:
@@ -452,14 +448,35 @@ class CrossEntropyStage(DetectorStage):
         }
 
 
+def require_crop(encoder: Encoder, option: str, side: int) -> None:
+    """Refuse crops that the encoder cannot take; 0 stands for its input size.
+
+    Raises:
+        ConfigError: the encoder's input size is fixed, and another one.
+    """
+    if encoder.fixed_input_size and side and (side, side) != encoder.input_size:
+        raise ConfigError(
+            option,
+            got=f"{side} with {encoder.name}, whose input size is fixed",
+            wanted=f"{encoder.input_size[0]}",
+            remedy="pass the encoder's input size, or choose a convolutional encoder",
+        )
+
+
 def stage1_plan(config: RunConfig, input_size: tuple[int, int]) -> ViewPlan:
-    """The views that stage 1 draws: two of the input size; a trained encoder sees new ones in each epoch."""
+    """The views that stage 1 draws: two of one size; a trained encoder sees new ones in each epoch."""
     draws = 0 if config.stage1.train_encoder else config.cache.cached_views
-    return ViewPlan(config.seed, 1, input_size, input_size, config.augment, draws, config.cache.view_seed)
+    size = _crop_size(config, input_size)
+    return ViewPlan(config.seed, 1, size, size, config.augment, draws, config.cache.view_seed)
 
 
 def stage2_plan(config: RunConfig, input_size: tuple[int, int]) -> ViewPlan:
-    """The views that stage 2 draws: one of the input size for the classifier, a small crop for Eq. (5)."""
-    crop = config.stage2.scl_crop
-    cache = config.cache
-    return ViewPlan(config.seed, 2, input_size, (crop, crop), config.augment, cache.cached_views, cache.view_seed)
+    """The views that stage 2 draws: one for the classifier, a small crop for Eq. (5)."""
+    crop, cache = config.stage2.scl_crop, config.cache
+    size = _crop_size(config, input_size)
+    return ViewPlan(config.seed, 2, size, (crop, crop), config.augment, cache.cached_views, cache.view_seed)
+
+
+def _crop_size(config: RunConfig, input_size: tuple[int, int]) -> tuple[int, int]:
+    crop = config.augment.crop
+    return (crop, crop) if crop else input_size
