@@ -96,6 +96,7 @@ def evaluate_run(
     paper_tables: bool = False,
     progress: bool = True,
     scorer: Scorer | None = None,
+    trivial_auc: dict[str, float | None] | None = None,
 ) -> EvaluationReport:
     """Scores the pictures and writes the report.
 
@@ -112,6 +113,7 @@ def evaluate_run(
         paper_tables: add tables in the paper's form also where no generator is one of the paper's.
         progress: show a progress bar.
         scorer: what gives the logits, instead of the run's detector.
+        trivial_auc: as an earlier report on the same pictures has it; computed where it is not given.
 
     Raises:
         NTFError: the run is not finished, or the data cannot be used.
@@ -129,7 +131,16 @@ def evaluate_run(
             return score_pictures(detector, records, batch_size=batch_size, workers=workers, progress=progress).logits
 
     logits = scorer(pictures.records)
-    report = evaluation_report(pictures, logits, calibration, run=str(run), data=str(data), split=split, draws=draws)
+    report = evaluation_report(
+        pictures,
+        logits,
+        calibration,
+        run=str(run),
+        data=str(data),
+        split=split,
+        draws=draws,
+        trivial_auc=trivial_auc,
+    )
     folder = out or run / "report"
     written = list(write_report(report, folder, paper_sections(report, wanted=paper_tables)))
     if pictures.corrupt:
@@ -152,6 +163,7 @@ def evaluation_report(
     data: str,
     split: str,
     draws: int = 1000,
+    trivial_auc: dict[str, float | None] | None = None,
 ) -> EvaluationReport:
     """All figures of scored pictures.
 
@@ -163,6 +175,7 @@ def evaluation_report(
         data: named in the report.
         split: named in the report.
         draws: bootstrap resamplings.
+        trivial_auc: of these pictures, where it is known.
     """
     labels = _labels(pictures)
     bootstrap = OriginalsBootstrap([r.original_id for r in pictures.records], draws=draws)
@@ -193,7 +206,7 @@ def evaluation_report(
         bootstrap_draws=draws,
         treatment=equalize_of(pictures).describe(),
         corrupt_left_out=len(pictures.corrupt),
-        trivial_auc=generator_aucs(pictures.records),
+        trivial_auc=generator_aucs(pictures.records) if trivial_auc is None else trivial_auc,
         environment=environment(),
     )
 
