@@ -108,17 +108,26 @@ def test_damaged_calibration_ends_the_evaluation_with_a_sentence(
     assert ": got " in told
 
 
-def test_report_that_cannot_be_written_is_said_before_anything_is_scored(
+def test_place_for_results_that_cannot_be_written_is_said_before_the_work(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--data", str(place / "few"), "--split", "all", "--run", str(place / "run"), "--no-progress"]
-    assert evaluate([*arguments, "--out", str(place / "label.csv" / "report")]) == 2
-    assert "Not a directory" in capsys.readouterr().err
-    assert audit(["--data", str(place / "few"), "--json", str(place / "label.csv" / "a.json"), "--no-progress"]) == 2
-    assert "Not a directory" in capsys.readouterr().err
+    few, below_a_file = ["--data", str(place / "few")], place / "label.csv" / "out"
+    done = [
+        train([*few, "--out", str(below_a_file)]),
+        evaluate([*few, "--split", "all", "--run", str(place / "run"), "--no-progress", "--out", str(below_a_file)]),
+        audit([*few, "--json", str(below_a_file / "audit.json"), "--no-progress"]),
+    ]
+    assert done == [2, 2, 2]
+    told = capsys.readouterr().err.splitlines()
+    options = ("--out", "--out", "--json")
+    assert told == [
+        f"error: {option} {below_a_file}: got Not a directory, wanted a folder to write into: name another one"
+        for option in options
+    ]
 
 
 def test_resume_of_nothing_says_what_was_looked_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, found in (("gone", "no such folder"), ("empty", "a folder without config.json")):
         assert train(["--resume", str(place / name)]) == 2
-        assert f"{name}: got {found}, wanted a finished run with config.json" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert f"{name}: got {found}, wanted a run with config.json: name a folder that python -m train.run" in told

@@ -123,6 +123,14 @@ def test_run_stopped_in_its_pass_starts_it_again(finished, data, tmp_path, monke
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 1
 
 
+def test_resume_with_a_configuration_that_was_edited_is_refused(finished, tmp_path, capsys):
+    edited = json.loads((finished / "config.json").read_text())
+    edited["config"]["nearest"]["nearest_k"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(edited))
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert "got a config.json that was changed, wanted the configuration that the run began" in capsys.readouterr().err
+
+
 def test_checkpoint_without_a_bank_is_refused(finished, tmp_path):
     (tmp_path / "config.json").write_bytes((finished / "config.json").read_bytes())
     state = load_file(finished / "stage2.safetensors")

@@ -34,7 +34,7 @@ from train.audit_report import (
     audit_markdown,
     print_audit,
 )
-from train.checkpoint import write_atomically
+from train.checkpoint import make_folder, write_atomically
 from train.data import scan_pictures
 from train.equalize import EqualizeConfig, check_equalize
 from train.integrity import PORTION, Check, require_size
@@ -90,12 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, prog="python -m train.audit", args=arguments)
     try:
         check_equalize(options.equalize)
+        for option, path in (("--json", options.json), ("--markdown", options.markdown)):
+            if path is not None:
+                make_folder(path.parent, option=option)
         pictures = scan_pictures(options.data, require_both=False)
         report = audit_pictures(pictures, equalize=options.equalize, workers=options.workers, progress=options.progress)
         as_json = json.dumps(asdict(report), indent=1, sort_keys=True, allow_nan=False) + "\n"
         for path, text in ((options.json, as_json), (options.markdown, audit_markdown(report))):
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, text.encode())
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)

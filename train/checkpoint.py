@@ -15,6 +15,7 @@ Every file but the history is written to a temporary file first and renamed, so 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -31,7 +32,7 @@ from runtime.manifest import CalibrationSpec
 from runtime.strict_json import canonical_json, from_jsonable, parse_json, to_jsonable
 from train.config import RunConfig, config_from_file
 from train.encoder import Encoder, load_exactly, read_state, with_standardizer
-from train.errors import CheckpointError
+from train.errors import CheckpointError, ConfigError
 from train.methods import METHODS
 from train.model import NearestNeighbours, NTFDetector, freeze_natural_traces
 
@@ -42,6 +43,8 @@ STATE_FILE = "state.pt"
 CALIBRATION_FILE = "calibration.json"
 HISTORY_FILE = "history.jsonl"
 TEMPORARIES = ".*.tmp"
+# Entry of the start in config.json, for runs that have no checkpoint to compare the configuration with.
+CONFIG_SHA256_KEY = "config_sha256"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -63,6 +66,23 @@ def write_atomically(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise _unwritable(path, error, len(content)) from error
         raise
+
+
+def make_folder(folder: Path, *, option: str) -> None:
+    """Make a folder for results, with those above it; one that is there already will do.
+
+    Raises:
+        ConfigError: it cannot be made or written, naming the option.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got = error.strerror or str(error)
+    else:
+        if os.access(folder, os.W_OK):
+            return
+        got = "a folder that cannot be written"
+    raise ConfigError(f"{option} {folder}", got=got, wanted="a folder to write into", remedy="name another one")
 
 
 def remove_temporaries(run: Path) -> None:
@@ -122,7 +142,7 @@ def load_start(run: Path) -> dict[str, Any]:
     """What the run began with, for one that was stopped before its first checkpoint: entries as in a checkpoint.
 
     Raises:
-        CheckpointError: config.json does not say.
+        CheckpointError: config.json does not say, or was changed.
     """
     path = require_run_file(run, CONFIG_FILE)
     recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +152,20 @@ def load_start(run: Path) -> dict[str, Any]:
         raise CheckpointError(
             str(path), got="no record of a start", wanted="what train.run wrote", remedy="start the run again"
         ) from error
+    digest = config_sha256(recorded["config"])
+    if start.get(CONFIG_SHA256_KEY, digest) != digest:  # not in runs from before it was recorded
+        raise CheckpointError(
+            f"--resume {run}",
+            got=f"a {CONFIG_FILE} that was changed",
+            wanted="the configuration that the run began with",
+            remedy=f"restore it, or start a new run with --config {path}",
+        )
     return start
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """Hash of a configuration as it stands in config.json."""
+    return hashlib.sha256(canonical_json(config).encode()).hexdigest()
 
 
 def save_calibration(run: Path, calibration: CalibrationSpec) -> None:
@@ -212,13 +245,12 @@ def require_run_file(run: Path, name: str) -> Path:
     """
     path = run / name
     if not path.is_file():
+        wanted, remedy = f"a run with {name}", "name a folder that python -m train.run left"
+        if (run / CONFIG_FILE).is_file():
+            wanted = f"a finished run with {name}"
+            remedy = f"finish it with python -m train.run --resume {run}, or name another run"
         found = "no such folder" if not run.is_dir() else f"a folder without {name}"
-        raise CheckpointError(
-            str(run),
-            got=found,
-            wanted=f"a finished run with {name}",
-            remedy=f"finish it with python -m train.run --resume {run}, or name another run",
-        )
+        raise CheckpointError(str(run), got=found, wanted=wanted, remedy=remedy)
     return path
 
 

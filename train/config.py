@@ -310,7 +310,7 @@ def config_from_dict(values: object, *, source: str, defaults: RunConfig | None 
     """
     base = defaults or preset_config("paper")
     method = values.get("method") if isinstance(values, dict) else None
-    if method in METHODS and method != base.method:
+    if isinstance(method, str) and method in METHODS and method != base.method:  # any other is refused below
         base = with_method(base, method)
     complete = _merged(dataclasses.asdict(base), values)
     try:

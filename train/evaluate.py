@@ -17,7 +17,7 @@ from runtime.manifest import CalibrationSpec
 from train.bootstrap import METRICS, Draws, OriginalsBootstrap, interval
 from train.calibration import REAL_FLAGGED_RATES, check_rates, measure_calibration
 from train.calibration_report import CALIBRATION_FIGURE_FILE, write_calibration_figure
-from train.checkpoint import load_calibration, load_detector, newest_run, save_json
+from train.checkpoint import load_calibration, load_detector, make_folder, newest_run, save_json
 from train.embedding_store import EmbeddingStore
 from train.equalize import EqualizeConfig, check_equalize
 from train.errors import ConfigError
@@ -155,7 +155,7 @@ def evaluate_run(
     pictures = checked_split(data, wanted, corrupt=corrupt, equalize=equalize, workers=workers, progress=progress)
     print(pictures.describe(), equalize.describe(), sep="\n", flush=True)
     folder = out or run / "report"
-    folder.mkdir(parents=True, exist_ok=True)  # before the work, which may take hours
+    make_folder(folder, option="--out")  # before the work, which may take hours
     if scorer is None:
         detector = load_detector(run)
         if cache_dir is not None:

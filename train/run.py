@@ -29,14 +29,17 @@ from train.adaptation import (
 from train.caches import detector_cache, fit_standardizer, shipped_embeddings, trace_cache
 from train.checkpoint import (
     CONFIG_FILE,
+    CONFIG_SHA256_KEY,
     STAGE1_FILE,
     STAGE2_FILE,
     STATE_FILE,
     TEMPORARIES,
+    config_sha256,
     load_config,
     load_detector,
     load_start,
     load_state,
+    make_folder,
     newest_run,
     remove_temporaries,
     require_run_file,
@@ -223,7 +226,7 @@ def prepare_run_folder(options: Options) -> Path:
     """An empty run folder.
 
     Raises:
-        ConfigError: the folder is taken.
+        ConfigError: the folder is taken, or cannot be made.
     """
     kind = f"{Path(options.run.adapt.run).name}-adapted" if options.run.adapt.adapt_real else options.run.preset
     name = f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -238,7 +241,7 @@ def prepare_run_folder(options: Options) -> Path:
                 remedy="choose another name, pass --overwrite, or go on with --resume",
             )
         shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run, option="--out")
     return run
 
 
@@ -483,9 +486,11 @@ def write_config(
     if corrupt:
         listed = [dataclasses.asdict(picture) for picture in corrupt]
         save_json(run / CORRUPT_FILE, {"counts": corrupt_counts(corrupt), "pictures": listed})
+    plain = dataclasses.asdict(config)
     start = {name: value for name, value in fingerprint(config, data, backend, ranks).items() if name != CONFIG_KEY}
+    start[CONFIG_SHA256_KEY] = config_sha256(plain)
     content: dict[str, Any] = {
-        "config": dataclasses.asdict(config),
+        "config": plain,
         "data": data.hashes | pictures,
         "environment": environment() | {"loss_backend": dataclasses.asdict(backend)},
         "start": start,
