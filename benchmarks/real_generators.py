@@ -11,20 +11,20 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import tyro
-from train.ablate import run_study
-from train.ablation_plan import load_plan
-from train.ablation_report import FINAL, REPORTS, VALIDATION, AblationReport, VariantReport
 
 from benchmarks.diagnosis import diagnose
 from benchmarks.generators_report import DOCUMENT, RESULTS, write_document
 from runtime.errors import NTFError
+from train.ablate import run_study
+from train.ablation_plan import load_plan
+from train.ablation_report import FINAL, REPORTS, VALIDATION, AblationReport, VariantReport
 from train.checkpoint import save_json, write_atomically
 from train.config import preset_config
 from train.data import scan_pictures
@@ -64,7 +64,8 @@ class Recipe:
         base: changes of the paper preset that all variants share.
         baselines: detectors to compare with.
         paper: the method as in the paper.
-        candidates: among which, and `paper`, validation chooses.
+        candidates: the method with other options, among which, and `paper`, validation chooses.
+        controls: the same networks without parts of the method; the best of them is compared as well.
         hold_out: training generators, each of which is held out once.
         unseen: test generators whose mean is the headline.
         not_in_means: generators that no mean counts, and why.
@@ -74,6 +75,7 @@ class Recipe:
     baselines: dict[str, dict[str, Any]]
     paper: dict[str, dict[str, Any]]
     candidates: dict[str, dict[str, Any]]
+    controls: dict[str, dict[str, Any]]
     hold_out: tuple[str, ...]
     unseen: tuple[str, ...]
     not_in_means: dict[str, str]
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.step in ("choose", "both"):
             results["choice"], failed = choose(recipe, options)
         if options.step in ("final", "both"):
-            results["final"], failures = compare(recipe, options, chosen_of(results, options))
+            results["final"], failures = compare(recipe, options, chosen_of(results))
             failed += failures
         results |= {"recipe": options.recipe, "encoder": recipe.base["model"]["encoder"]}
         results |= {"unseen": list(recipe.unseen), "not_in_means": recipe.not_in_means}
@@ -127,8 +129,8 @@ def read_results(name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def chosen_of(results: dict[str, Any], options: Options) -> str:
-    """The variant that validation chose.
+def chosen_of(results: dict[str, Any]) -> tuple[str, str]:
+    """The variant of the method that validation chose, and the best control.
 
     Raises:
         ConfigError: nothing was chosen yet.
@@ -137,28 +139,31 @@ def chosen_of(results: dict[str, Any], options: Options) -> str:
         raise ConfigError(
             "--step final", got="no choice", wanted="what --step choose leaves", remedy="run --step choose first"
         )
-    return str(results["choice"]["chosen"])
+    return results["choice"]["chosen"], results["choice"]["best_control"]
 
 
 def choose(recipe: Recipe, options: Options) -> tuple[dict[str, Any], int]:
     """AP of every variant on each held-out generator, and the NTF variant with the largest mean."""
     pictures = scan_pictures(options.data)
-    variants = recipe.baselines | recipe.paper | recipe.candidates
+    variants = recipe.baselines | recipe.paper | recipe.candidates | recipe.controls
     reports, diagnosis = {}, {}
     for generator in recipe.hold_out:
         out = options.out / f"without-{generator}"
         listed = write_hold_out(pictures, generator, out.with_suffix(".csv"))
         reports[generator] = study(recipe, variants, listed, out, options)
         diagnosis[generator] = _diagnosis(reports[generator], listed, out, options.seeds[0])
-    own = recipe.paper | recipe.candidates
     found = {name: _held_out_figures(name, reports) for name in variants}
     complete = {name: figures["mean"] for name, figures in found.items() if figures["mean"] is not None}
-    chosen = max((name for name in complete if name in own), key=lambda name: complete[name])
+
+    def best(names: Iterable[str]) -> str:
+        return max((name for name in names if name in complete), key=lambda name: complete[name])
+
     return {
         "hold_out": list(recipe.hold_out),
         "variants": {name: figures | {"changes": variants[name]} for name, figures in found.items()},
-        "best_of_all": max(complete, key=lambda name: complete[name]),
-        "chosen": chosen,
+        "best_of_all": best(variants),
+        "chosen": best(recipe.paper | recipe.candidates),
+        "best_control": best(recipe.controls),
         "diagnosis": diagnosis,
         "seeds": list(options.seeds),
         "environment": environment(),
@@ -184,9 +189,10 @@ def _held_out_figures(name: str, reports: dict[str, AblationReport]) -> dict[str
     return figures | {"mean": float(np.mean([mean["mean"] for mean in means])) if whole else None}
 
 
-def compare(recipe: Recipe, options: Options, chosen: str) -> tuple[dict[str, Any], int]:
-    """Figures of the baselines, the paper's method and the chosen variant on the test split."""
-    variants = recipe.baselines | recipe.paper | {chosen: (recipe.paper | recipe.candidates)[chosen]}
+def compare(recipe: Recipe, options: Options, chosen: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """Figures of the baselines, the paper's method and the chosen variants on the test split."""
+    known = recipe.paper | recipe.candidates | recipe.controls
+    variants = recipe.baselines | recipe.paper | {name: known[name] for name in chosen}
     out = options.out / "final"
     report = study(recipe, variants, options.data, out, options, final=True)
     first = {variant.name: _evaluation(out, variant.name, options.seeds[0]) for variant in report.variants}

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
-from train.ablation_plan import load_plan
 
 from benchmarks.diagnosis import alignment, margin, uniformity
 from benchmarks.generators_report import document
 from benchmarks.real_generators import RECIPES, main, write_hold_out
+from train.ablation_plan import load_plan
 from train.config import preset_config
 from train.data import load_split, scan_pictures
 from train.errors import ConfigError
@@ -62,7 +61,7 @@ def test_alignment_uniformity_and_margin_of_hand_computed_cases():
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.json")))
 def test_every_recipe_is_a_plan(name, tmp_path):
     values = json.loads((RECIPES / f"{name}.json").read_text())
-    variants = values["baselines"] | values["paper"] | values["candidates"]
+    variants = values["baselines"] | values["paper"] | values["candidates"] | values["controls"]
     plan = tmp_path / "plan.json"
     base = values["base"] | {"cache": values["base"].get("cache", {}) | {"cache_dir": str(tmp_path)}}
     base["model"]["encoder_weights"] = base["model"]["encoder_weights"] or "none"
@@ -103,6 +102,7 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
             "broken": {"seen": None, "mean": None, "failures": ["a sentence"], "changes": {}},
         },
         "chosen": "ntf",
+        "best_control": "no-scl",
         "best_of_all": "probe",
         "environment": where,
     }
@@ -131,4 +131,3 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
     assert "| ntf | loss.eta = 0.1 | 70.0 | 70.0 |" in text
     assert "- broken: a sentence" in text
     assert "65.0 to 75.0" in text
-    assert Path("docs/results.md").is_file()
