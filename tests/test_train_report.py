@@ -19,7 +19,6 @@ from train.report import (
     EvaluationReport,
     SetReport,
     Spread,
-    percent,
     report_from_jsonable,
     report_json,
     report_markdown,
@@ -27,6 +26,7 @@ from train.report import (
     write_report,
 )
 from train.report_figure import write_figure
+from train.report_tables import percent
 
 SPEC = CalibrationSpec(2.0, 0.25, -1.0, 1.0, 0.01, 0.05)
 LABELS = np.repeat([0, 1], 4)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.pictures import CorruptPicture
-from train.report import markdown_table
+from train.report_tables import markdown_table
 
 SHOWN = 20
 CLASS_HEAD = (

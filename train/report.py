@@ -13,6 +13,7 @@ from runtime.strict_json import from_jsonable
 from train.bootstrap import MIN_ORIGINALS, Interval
 from train.checkpoint import write_atomically
 from train.metrics import DetectionMetrics
+from train.report_tables import markdown_code, markdown_table, markdown_text, percent
 
 JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "evaluation.json", "evaluation.md", "evaluation.png"
 NAMES_NOTE = (
@@ -133,8 +134,9 @@ def short_table(report: EvaluationReport) -> str:
 def report_markdown(report: EvaluationReport) -> str:
     """The report for reading."""
     c = report.calibration
+    title = f"Evaluation of {Path(report.run).name} on {Path(report.data).name}, split {report.split}"
     sections = [
-        f"# Evaluation of {Path(report.run).name} on {Path(report.data).name}, split {report.split}",
+        f"# {markdown_text(title)}",
         f"{report.pictures:,} pictures of {len(report.generators)} generators; all figures in percent, "
         f"worst generator first, n/a where a class is missing.\n\n{NAMES_NOTE}",
         "Thresholds and calibration come from the run's validation pictures alone: `fake` above the raw logit "
@@ -160,11 +162,6 @@ def write_report(report: EvaluationReport, folder: Path) -> tuple[Path, Path]:
     for path, text in zip(paths, (report_json(report), report_markdown(report)), strict=True):
         write_atomically(path, text.encode())
     return paths
-
-
-def percent(share: float | None) -> str:
-    """A share in percent with one decimal, or n/a."""
-    return "n/a" if share is None else f"{100 * share:.1f}"
 
 
 def _with_interval(share: float | None, interval: Interval | None) -> str:
@@ -255,8 +252,8 @@ def _provenance(report: EvaluationReport) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in where.get("versions", {}).items())
     return "\n".join(
         (
-            f"- run: `{report.run}`",
-            f"- data: `{report.data}`, SHA-256 of the scored pictures and labels `{report.data_sha256}`",
+            f"- run: {markdown_code(report.run)}",
+            f"- data: {markdown_code(report.data)}, SHA-256 of the scored pictures and labels `{report.data_sha256}`",
             f"- treatment: {report.treatment}; {report.corrupt_left_out:,} corrupt pictures left out",
             f"- tool: {where.get('tool_version')}, commit {where.get('tool_commit')}",
             f"- machine: {machine}",
@@ -264,9 +261,3 @@ def _provenance(report: EvaluationReport) -> str:
             f"- bootstrap: {report.bootstrap_draws:,} draws",
         )
     )
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, the first column to the left and the others to the right."""
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
