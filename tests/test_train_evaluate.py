@@ -74,10 +74,14 @@ def test_report_has_every_generator_worst_first_and_every_file(
     assert spread.interval.low < spread.mean < spread.interval.high
     assert report.calibration == SPEC
     assert sorted(p.name for p in (run / "report").iterdir()) == [
+        "evaluation.html",
         "evaluation.json",
         "evaluation.md",
         "evaluation.png",
     ]
+    page = (run / "report/evaluation.html").read_text(encoding="utf-8")
+    assert "<td>hardgan</td>" in page
+    assert 'alt="ROC per generator and reliability"' in page
     assert "180 pictures, 90 real, 90 fake" in capsys.readouterr().out
 
 

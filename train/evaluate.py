@@ -21,8 +21,9 @@ from train.integrity import CORRUPT_FILE, checked_split, corrupt_counts
 from train.metrics import Array, detection_metrics
 from train.pictures import CorruptPolicy, PictureRecord, PictureSet
 from train.provenance import environment
-from train.report import FIGURE_FILE, EvaluationReport, SetReport, Spread, short_table, write_report
+from train.report import FIGURE_FILE, MARKDOWN_FILE, EvaluationReport, SetReport, Spread, short_table, write_report
 from train.report_figure import write_figure
+from train.report_html import write_html
 from train.scoring import score_pictures
 from train.trivial_features import generator_aucs
 
@@ -32,7 +33,7 @@ Scorer = Callable[[Sequence[PictureRecord]], Array]  # raw logits, (N,), in the 
 
 @dataclass(frozen=True)
 class Options:
-    """Metrics per generator and family, as JSON, Markdown and one PNG."""
+    """Metrics per generator and family, as JSON, Markdown, one HTML file and figures."""
 
     data: Path
     """Folder, tar shards, CSV file or JSON list with labelled pictures."""
@@ -133,7 +134,9 @@ def evaluate_run(
     rows = _rows_by(pictures, "generator")
     figure = folder / FIGURE_FILE
     write_figure(figure, logits, _labels(pictures), {e.name: rows[e.name] for e in report.generators}, calibration)
-    print("wrote " + ", ".join(map(str, (*written, figure))), flush=True)
+    # Last, since it holds every figure.
+    page = write_html(folder / MARKDOWN_FILE)
+    print("wrote " + ", ".join(map(str, (*written, figure, page))), flush=True)
     return report
 
 
