@@ -110,10 +110,11 @@ def test_trivial_auc_stands_beside_the_detectors_and_what_was_done_is_said(repor
 
 def test_report_from_before_a_field_existed_is_read_with_what_was_true_then(report: EvaluationReport) -> None:
     values = json.loads(report_json(report))
-    for name in ("treatment", "corrupt_left_out", "trivial_auc"):
+    for name in ("treatment", "corrupt_left_out", "trivial_auc", "embedding_map", "saliency"):
         del values[name]
     read = report_from_jsonable(values, subject="report")
     assert (read.treatment, read.corrupt_left_out, read.trivial_auc) == ("pictures as they are stored", 0, {})
+    assert (read.embedding_map, read.saliency) == (None, None)
     del values["pictures"]
     with pytest.raises(BundleError, match="report: got no field 'pictures'"):
         report_from_jsonable(values, subject="report")

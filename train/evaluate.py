@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ from runtime.manifest import CalibrationSpec
 from train.bootstrap import METRICS, Draws, OriginalsBootstrap, interval
 from train.checkpoint import load_calibration, load_detector, newest_run, save_json
 from train.equalize import EqualizeConfig, check_equalize
+from train.evaluation_figures import FigureConfig, check_figures, make_figures
 from train.integrity import CORRUPT_FILE, checked_split, corrupt_counts
 from train.metrics import Array, detection_metrics
 from train.pictures import CorruptPolicy, PictureRecord, PictureSet
@@ -46,6 +47,7 @@ class Options:
     corrupt: CorruptPolicy = "refuse"
     """Pictures that cannot be decoded: refuse to evaluate, or leave them out and list them in the report."""
     equalize: Annotated[EqualizeConfig, tyro.conf.arg(name="")] = field(default_factory=EqualizeConfig)
+    figures: Annotated[FigureConfig, tyro.conf.arg(name="")] = field(default_factory=FigureConfig)
     batch_size: int = 32
     """Pictures in a forward pass."""
     workers: int = 0
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out=options.out,
             corrupt=options.corrupt,
             equalize=options.equalize,
+            figures=options.figures,
             batch_size=options.batch_size,
             workers=options.workers,
             draws=options.draws,
@@ -87,6 +90,7 @@ def evaluate_run(
     out: Path | None = None,
     corrupt: CorruptPolicy = "refuse",
     equalize: EqualizeConfig | None = None,
+    figures: FigureConfig | None = None,
     batch_size: int = 32,
     workers: int = 0,
     draws: int = 1000,
@@ -102,6 +106,7 @@ def evaluate_run(
         out: folder of the report, `run/report` by default.
         corrupt: what to do where pictures cannot be decoded.
         equalize: treatment of both classes before they are scored.
+        figures: those besides ROC and reliability, which the run's own detector is asked for; none by default.
         batch_size: pictures in a forward pass.
         workers: processes that decode.
         draws: bootstrap resamplings.
@@ -111,12 +116,13 @@ def evaluate_run(
     Raises:
         NTFError: the run is not finished, or the data cannot be used.
     """
-    equalize = equalize or EqualizeConfig()
+    equalize, figures = equalize or EqualizeConfig(), figures or FigureConfig()
     check_equalize(equalize)
     calibration = load_calibration(run)
     wanted = None if split == ALL else split
     pictures = checked_split(data, wanted, corrupt=corrupt, equalize=equalize, workers=workers, progress=progress)
     print(pictures.describe(), equalize.describe(), sep="\n", flush=True)
+    check_figures(figures, run, pictures)
     if scorer is None:
         detector = load_detector(run)
 
@@ -126,7 +132,10 @@ def evaluate_run(
     logits = scorer(pictures.records)
     report = evaluation_report(pictures, logits, calibration, run=str(run), data=str(data), split=split, draws=draws)
     folder = out or run / "report"
-    written = list(write_report(report, folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = make_figures(figures, run, pictures, logits, calibration, folder, batch_size=batch_size, workers=workers)
+    report = replace(report, embedding_map=shown.embedding_map, saliency=shown.saliency)
+    written = [*write_report(report, folder), *shown.files]
     if pictures.corrupt:
         listed = {"counts": corrupt_counts(pictures.corrupt), "pictures": [asdict(p) for p in pictures.corrupt]}
         save_json(folder / CORRUPT_FILE, listed)

@@ -12,8 +12,10 @@ from runtime.manifest import CalibrationSpec
 from runtime.strict_json import from_jsonable
 from train.bootstrap import MIN_ORIGINALS, Interval
 from train.checkpoint import write_atomically
+from train.embedding_map import EmbeddingMapReport, embedding_map_markdown
 from train.metrics import DetectionMetrics
 from train.report_tables import markdown_code, markdown_table, markdown_text, percent
+from train.saliency import SaliencyReport, saliency_markdown
 
 JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "evaluation.json", "evaluation.md", "evaluation.png"
 NAMES_NOTE = (
@@ -72,6 +74,8 @@ class EvaluationReport:
         trivial_auc: by generator, what features alone reach that have nothing to do with synthesis (`train.audit`);
             None where a class is missing or has too few originals.
         environment: tool, machine and versions.
+        embedding_map: t-SNE beside the natural traces; None where it was not asked for.
+        saliency: Grad-CAM++ beside the evidence; None where it was not asked for.
     """
 
     run: str
@@ -88,6 +92,8 @@ class EvaluationReport:
     corrupt_left_out: int
     trivial_auc: dict[str, float | None]
     environment: dict[str, Any]
+    embedding_map: EmbeddingMapReport | None = None
+    saliency: SaliencyReport | None = None
 
 
 def report_json(report: EvaluationReport) -> str:
@@ -102,7 +108,8 @@ def report_from_jsonable(values: object, *, subject: str) -> EvaluationReport:
         BundleError: an unknown field, a missing one or a value of another type.
     """
     if isinstance(values, dict):
-        values = {"treatment": "pictures as they are stored", "corrupt_left_out": 0, "trivial_auc": {}} | values
+        then = {"treatment": "pictures as they are stored", "corrupt_left_out": 0, "trivial_auc": {}}
+        values = then | {"embedding_map": None, "saliency": None} | values
     return from_jsonable(EvaluationReport, values, subject=subject)
 
 
@@ -151,6 +158,10 @@ def report_markdown(report: EvaluationReport) -> str:
         sections.append("## Families: ranking\n\n" + _ranking_table(report.families, {}))
         sections.append("## Families: decisions\n\n" + _decision_table(report.families))
     sections.append(f"![ROC per generator and reliability]({FIGURE_FILE})")
+    if report.embedding_map is not None:
+        sections.append(embedding_map_markdown(report.embedding_map))
+    if report.saliency is not None:
+        sections.append(saliency_markdown(report.saliency))
     sections.append("## Where this comes from\n\n" + _provenance(report))
     return "\n\n".join(sections) + "\n"
 
