@@ -10,19 +10,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from training import tiny_config, write_pictures
+from training import GENERATOR, tiny_config, write_pictures
 
+from runtime.errors import NTFError
 from runtime.manifest import CalibrationSpec
-from train.checkpoint import load_calibration, load_detector, save_calibration
+from train.checkpoint import (
+    TRAIN_GENERATORS_KEY,
+    load_calibration,
+    load_detector,
+    load_train_generators,
+    save_calibration,
+)
 from train.data import load_split
 from train.errors import CheckpointError, ConfigError, DataError
 from train.evaluate import evaluate_run, main
+from train.evaluation_figures import FigureConfig
+from train.loss_backend import choose_loss_backend
 from train.metrics import detection_metrics
-from train.pictures import PictureRecord
+from train.pictures import PictureRecord, PictureSet
 from train.report import report_from_jsonable
 from train.robustness import RobustnessConfig
-from train.run import train
+from train.run import train, write_config
 from train.scoring import preprocess_spec, score_images, score_pictures
+from train.session import TrainingData
 from train.variants import VariantDataset, variant_logits
 
 SPEC = CalibrationSpec(2.0, 0.1, -1.0, 1.0, 0.01, 0.05)
@@ -79,10 +89,14 @@ def test_report_has_every_generator_worst_first_and_every_file(
     assert report.calibration == SPEC
     assert sorted(p.name for p in (run / "report").iterdir()) == [
         "calibration.png",
+        "evaluation.html",
         "evaluation.json",
         "evaluation.md",
         "evaluation.png",
     ]
+    page = (run / "report/evaluation.html").read_text(encoding="utf-8")
+    assert "<td>hardgan</td>" in page
+    assert 'alt="ROC per generator and reliability"' in page
     assert "180 pictures, 90 real, 90 fake" in capsys.readouterr().out
 
 
@@ -165,6 +179,26 @@ def test_command_line_explains_what_is_missing(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        (FigureConfig(tsne=True), "--tsne: got 6 pictures"),
+        (FigureConfig(tsne_seed=-1), "--tsne-seed: got -1"),
+        (FigureConfig(gradcam_pictures=0), "--gradcam-pictures: got 0"),
+    ],
+)
+def test_figure_that_cannot_be_made_is_refused_before_scoring(
+    run: Path, tmp_path: Path, figures: FigureConfig, message: str
+) -> None:
+    write_set(tmp_path / "data", {"sd": (3, 3)})
+
+    def fail(records: Sequence[PictureRecord]) -> np.ndarray:
+        raise AssertionError("scored")
+
+    with pytest.raises(NTFError, match=message):
+        evaluate_run(run, tmp_path / "data", scorer=fail, figures=figures)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A finished run of the tiny model, and its pictures."""
@@ -192,6 +226,8 @@ def test_command_line_scores_with_the_trained_detector(
     expected = detection_metrics(logits, np.array([r.label for r in records]), calibration=load_calibration(folder))
     assert written["generators"][0]["metrics"]["auc"] == pytest.approx(expected.auc)
     assert written["data_sha256"] == load_split(data, "test").content_sha256()
+    assert written["embedding_map"] is None
+    assert written["saliency"] is None
     report = report_from_jsonable(written, subject="report")
     assert report.robustness is not None
     for curve in report.robustness.curves:  # untouched: the plain evaluation, to the bit
@@ -229,3 +265,51 @@ def test_rates_asked_of_a_run_without_validation_scores_are_refused(run: Path, t
 def test_robustness_of_another_scorer_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="robustness: got a scorer, wanted the run's own detector"):
         evaluate_run(run, tmp_path, scorer=scorer({}), robustness=RobustnessConfig(enabled=True))
+
+
+def test_figures_that_are_asked_for_stand_in_every_form_of_the_report(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, data = trained
+    asked = ["--tsne", "--gradcam", "--gradcam-pictures", "2", "--draws", "20", "--no-progress"]
+    assert main(["--run", str(folder), "--data", str(data), "--out", str(tmp_path / "out"), *asked]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "calibration.png",
+        "embedding_map.json",
+        "embedding_map.png",
+        "evaluation.html",
+        "evaluation.json",
+        "evaluation.md",
+        "evaluation.png",
+        "saliency.json",
+        "saliency.png",
+    ]
+    report = json.loads((tmp_path / "out/evaluation.json").read_text())
+    mapped = json.loads((tmp_path / "out/embedding_map.json").read_text())
+    sheet = json.loads((tmp_path / "out/saliency.json").read_text())
+    assert report["embedding_map"] == mapped["report"]
+    assert report["saliency"] == sheet["report"]
+    assert mapped["report"]["generators"][0]["seen_in_training"] is True
+    assert [(p["label"], p["generator"]) for p in sheet["pictures"]] == [(0, GENERATOR)] * 2 + [(1, GENERATOR)] * 2
+    assert all((data / point["id"]).is_file() for point in mapped["points"] if point["kind"] != "mean trace")
+    assert all((data / picture["id"]).is_file() for picture in sheet["pictures"])
+    page = (tmp_path / "out/evaluation.html").read_text(encoding="utf-8")
+    sections = [line[3:] for line in (tmp_path / "out/evaluation.md").read_text().splitlines() if line[:3] == "## "]
+    assert {"Map of the embeddings", "Where the detector looks"} <= set(sections)
+    assert all(f">{section}</a>" in page and f">{section}</h2>" in page for section in sections)
+    assert page.count('src="data:image/png;base64,') == 4
+
+
+def test_run_records_the_generators_whose_fakes_it_was_trained_on(tmp_path: Path) -> None:
+    records = tuple(
+        PictureRecord(tmp_path / f"{n}.png", label, generator, generator, f"{n}", "train")
+        for n, (generator, label) in enumerate([("sd", 1), ("sd", 0), ("photos", 0)])
+    )
+    pictures = PictureSet(tmp_path, "list", records)
+    data = TrainingData(pictures, pictures, {}, ())
+    write_config(tmp_path, tiny_config(tmp_path), data, choose_loss_backend("reference", "cpu"))
+    assert load_train_generators(tmp_path) == ("sd",)
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    del recorded["data"][TRAIN_GENERATORS_KEY]
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    assert load_train_generators(tmp_path) is None

@@ -110,11 +110,12 @@ def test_trivial_auc_stands_beside_the_detectors_and_what_was_done_is_said(repor
 
 def test_report_from_before_a_field_existed_is_read_with_what_was_true_then(report: EvaluationReport) -> None:
     values = json.loads(report_json(report))
-    for name in ("treatment", "corrupt_left_out", "trivial_auc", "calibration_report", "robustness"):
+    added = ("calibration_report", "robustness", "embedding_map", "saliency")
+    for name in ("treatment", "corrupt_left_out", "trivial_auc", *added):
         del values[name]
     read = report_from_jsonable(values, subject="report")
     assert (read.treatment, read.corrupt_left_out, read.trivial_auc) == ("pictures as they are stored", 0, {})
-    assert (read.calibration_report, read.robustness) == (None, None)
+    assert [getattr(read, name) for name in added] == [None] * 4
     del values["pictures"]
     with pytest.raises(BundleError, match="report: got no field 'pictures'"):
         report_from_jsonable(values, subject="report")

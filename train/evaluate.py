@@ -21,14 +21,16 @@ from train.checkpoint import load_calibration, load_detector, newest_run, save_j
 from train.embedding_store import EmbeddingStore
 from train.equalize import EqualizeConfig, check_equalize
 from train.errors import ConfigError
+from train.evaluation_figures import FigureConfig, check_figures, make_figures
 from train.feature_cache import weights_sha256
 from train.integrity import CORRUPT_FILE, checked_split, corrupt_counts
 from train.metrics import Array, detection_metrics
 from train.paper_tables import paper_sections
 from train.pictures import CorruptPolicy, PictureRecord, PictureSet
 from train.provenance import environment
-from train.report import FIGURE_FILE, EvaluationReport, SetReport, Spread, short_table, write_report
+from train.report import FIGURE_FILE, MARKDOWN_FILE, EvaluationReport, SetReport, Spread, short_table, write_report
 from train.report_figure import write_figure
+from train.report_html import write_html
 from train.robustness import RobustnessConfig, check_robustness, measure_robustness
 from train.robustness_report import ROBUSTNESS_FIGURE_FILE, write_robustness_figure
 from train.scoring import preprocess_spec, score_images, score_pictures
@@ -41,7 +43,7 @@ Scorer = Callable[[Sequence[PictureRecord]], Array]  # raw logits, (N,), in the 
 
 @dataclass(frozen=True)
 class Options:
-    """Metrics per generator and family, as JSON, Markdown and one PNG."""
+    """Metrics per generator and family, as JSON, Markdown, one HTML file and figures."""
 
     data: Path
     """Folder, tar shards, CSV file or JSON list with labelled pictures."""
@@ -59,6 +61,7 @@ class Options:
     real_flagged_rates: tuple[float, ...] | None = None
     """Wanted shares of real pictures flagged in the table of thresholds; by default 0.1 % to 10 %."""
     robustness: Annotated[RobustnessConfig, tyro.conf.arg(name="")] = field(default_factory=RobustnessConfig)
+    figures: Annotated[FigureConfig, tyro.conf.arg(name="")] = field(default_factory=FigureConfig)
     batch_size: int = 32
     """Pictures in a forward pass."""
     workers: int = 0
@@ -85,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cache_dir=options.cache_dir,
             real_flagged_rates=options.real_flagged_rates,
             robustness=options.robustness,
+            figures=options.figures,
             batch_size=options.batch_size,
             workers=options.workers,
             draws=options.draws,
@@ -112,6 +116,7 @@ def evaluate_run(
     cache_dir: Path | None = None,
     real_flagged_rates: Sequence[float] | None = None,
     robustness: RobustnessConfig | None = None,
+    figures: FigureConfig | None = None,
     batch_size: int = 32,
     workers: int = 0,
     draws: int = 1000,
@@ -131,6 +136,7 @@ def evaluate_run(
         cache_dir: folder of embeddings that were computed before, or None.
         real_flagged_rates: rates of the table of thresholds; where they are given, the run must have validation scores.
         robustness: what is done to the pictures to see whether verdicts hold; nothing by default.
+        figures: those besides ROC and reliability, which the run's own detector is asked for; none by default.
         batch_size: pictures in a forward pass.
         workers: processes that decode.
         draws: bootstrap resamplings.
@@ -142,6 +148,7 @@ def evaluate_run(
         NTFError: the run is not finished, or the data cannot be used.
     """
     equalize, robustness = equalize or EqualizeConfig(), robustness or RobustnessConfig()
+    figures = figures or FigureConfig()
     check_equalize(equalize)
     check_robustness(robustness)
     check_rates(rates := REAL_FLAGGED_RATES if real_flagged_rates is None else real_flagged_rates)
@@ -152,6 +159,7 @@ def evaluate_run(
     wanted = None if split == ALL else split
     pictures = checked_split(data, wanted, corrupt=corrupt, equalize=equalize, workers=workers, progress=progress)
     print(pictures.describe(), equalize.describe(), sep="\n", flush=True)
+    check_figures(figures, run, pictures)
     folder = out or run / "report"
     folder.mkdir(parents=True, exist_ok=True)  # before the work, which may take hours
     if scorer is None:
@@ -182,12 +190,15 @@ def evaluate_run(
             progress=progress,
         )
         report = replace(report, robustness=measured)
-    written = list(write_report(report, folder, paper_sections(report, wanted=paper_tables)))
+    shown = make_figures(figures, run, pictures, logits, calibration, folder, batch_size=batch_size, workers=workers)
+    report = replace(report, embedding_map=shown.embedding_map, saliency=shown.saliency)
+    written = [*write_report(report, folder, paper_sections(report, wanted=paper_tables)), *shown.files]
     if pictures.corrupt:
         listed = {"counts": corrupt_counts(pictures.corrupt), "pictures": [asdict(p) for p in pictures.corrupt]}
         save_json(folder / CORRUPT_FILE, listed)
         written.append(folder / CORRUPT_FILE)
     written += _write_figures(folder, report, logits, labels, rows)
+    written.append(write_html(folder / MARKDOWN_FILE))  # last, since it holds every figure
     print("wrote " + ", ".join(map(str, written)), flush=True)
     return report
 

@@ -14,10 +14,12 @@ from train.bootstrap import MIN_ORIGINALS, Interval
 from train.calibration import CalibrationReport
 from train.calibration_report import calibration_section
 from train.checkpoint import write_atomically
-from train.markdown import markdown_table, percent
+from train.embedding_map import EmbeddingMapReport, embedding_map_markdown
+from train.markdown import markdown_code, markdown_table, markdown_text, percent
 from train.metrics import DetectionMetrics
 from train.robustness import RobustnessReport
 from train.robustness_report import robustness_section
+from train.saliency import SaliencyReport, saliency_markdown
 
 JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "evaluation.json", "evaluation.md", "evaluation.png"
 NAMES_NOTE = (
@@ -78,6 +80,8 @@ class EvaluationReport:
         environment: tool, machine and versions.
         calibration_report: how well probabilities and wanted rates hold; None in reports from before it existed.
         robustness: what happens when pictures are changed; None where that was not asked for.
+        embedding_map: t-SNE beside the natural traces; None where it was not asked for.
+        saliency: Grad-CAM++ beside the evidence; None where it was not asked for.
     """
 
     run: str
@@ -96,6 +100,8 @@ class EvaluationReport:
     environment: dict[str, Any]
     calibration_report: CalibrationReport | None = None
     robustness: RobustnessReport | None = None
+    embedding_map: EmbeddingMapReport | None = None
+    saliency: SaliencyReport | None = None
 
 
 def report_json(report: EvaluationReport) -> str:
@@ -116,6 +122,8 @@ def report_from_jsonable(values: object, *, subject: str) -> EvaluationReport:
             "trivial_auc": {},
             "calibration_report": None,
             "robustness": None,
+            "embedding_map": None,
+            "saliency": None,
         } | values
     return from_jsonable(EvaluationReport, values, subject=subject)
 
@@ -148,8 +156,9 @@ def short_table(report: EvaluationReport) -> str:
 def report_markdown(report: EvaluationReport, further: Sequence[str] = ()) -> str:
     """The report for reading, with further sections before it says where it comes from."""
     c = report.calibration
+    title = f"Evaluation of {Path(report.run).name} on {Path(report.data).name}, split {report.split}"
     sections = [
-        f"# Evaluation of {Path(report.run).name} on {Path(report.data).name}, split {report.split}",
+        f"# {markdown_text(title)}",
         f"{report.pictures:,} pictures of {len(report.generators)} generators; all figures in percent, "
         f"worst generator first, n/a where a class is missing.\n\n{NAMES_NOTE}",
         "Thresholds and calibration come from the run's validation pictures alone: `fake` above the raw logit "
@@ -169,6 +178,10 @@ def report_markdown(report: EvaluationReport, further: Sequence[str] = ()) -> st
     if report.robustness is not None:
         sections.append(robustness_section(report.robustness))
     sections.extend(further)
+    if report.embedding_map is not None:
+        sections.append(embedding_map_markdown(report.embedding_map))
+    if report.saliency is not None:
+        sections.append(saliency_markdown(report.saliency))
     sections.append("## Where this comes from\n\n" + _provenance(report))
     return "\n\n".join(sections) + "\n"
 
@@ -270,8 +283,8 @@ def _provenance(report: EvaluationReport) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in where.get("versions", {}).items())
     return "\n".join(
         (
-            f"- run: `{report.run}`",
-            f"- data: `{report.data}`, SHA-256 of the scored pictures and labels `{report.data_sha256}`",
+            f"- run: {markdown_code(report.run)}",
+            f"- data: {markdown_code(report.data)}, SHA-256 of the scored pictures and labels `{report.data_sha256}`",
             f"- treatment: {report.treatment}; {report.corrupt_left_out:,} corrupt pictures left out",
             f"- tool: {where.get('tool_version')}, commit {where.get('tool_commit')}",
             f"- machine: {machine}",
