@@ -33,13 +33,13 @@ def images():
 
 def counted(model, monkeypatch):
     """Numbers of pictures in the encoder's forward passes."""
-    passes, plain = [], Encoder._features
+    passes, plain = [], Encoder.features
 
     def features(self, pixels):
         passes.append(len(pixels))
         return plain(self, pixels)
 
-    monkeypatch.setattr(Encoder, "_features", features)
+    monkeypatch.setattr(Encoder, "features", features)
     return passes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,9 +42,9 @@ ENCODERS = [TINY_ENCODER, "test_vit"]
 EPSILON = 1e-6  # grad-cam's, below a fraction
 
 
-def detector_of(encoder: str) -> NTFDetector:
+def detector_of(encoder: str, depths: Sequence[int] = ()) -> NTFDetector:
     torch.manual_seed(0)
-    return freeze_natural_traces(NTFDetector(Encoder(encoder), 16, "both")).eval()
+    return freeze_natural_traces(NTFDetector(Encoder(encoder, depths=depths), 16, "both")).eval()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,8 @@ def cell_features(detector: NTFDetector, images: torch.Tensor) -> tuple[torch.Te
         handle.remove()
     else:
         kept.append(net.forward_features(pixels))
-        embeddings = net.forward_head(kept[0], pre_logits=True)
+        _, depths = detector.encoder.features(pixels)
+        embeddings = torch.cat([net.forward_head(kept[0], pre_logits=True), *(part.pooled for part in depths)], dim=1)
     logit = detector.classify(embeddings, detector.projection(embeddings)).sum()
     (gradient,) = torch.autograd.grad(logit, kept[0])
     if kept[0].ndim == 4:
@@ -87,9 +89,12 @@ def cell_features(detector: NTFDetector, images: torch.Tensor) -> tuple[torch.Te
     return kept[0][:, tokens], gradient[:, tokens]
 
 
+@pytest.mark.parametrize("depths", [[], [1]])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_maps_are_gradcam_and_the_detectors_own_evidence(encoder: str, records: tuple[PictureRecord, ...]) -> None:
-    detector = detector_of(encoder)
+def test_maps_are_gradcam_and_the_detectors_own_evidence(
+    encoder: str, depths: list[int], records: tuple[PictureRecord, ...]
+) -> None:
+    detector = detector_of(encoder, depths)
     (images,) = prepared_loader(records, preprocess_spec(detector.encoder), batch_size=len(records))
     maps = saliency_maps(detector, records, batch_size=3)
     np.testing.assert_array_equal(maps.images, images)

@@ -233,8 +233,8 @@ class _FakeLogit(nn.Module):
         self.last_map = nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        net = self.detector.encoder.net
-        embeddings = net.forward_head(self.last_map(net.forward_features(pixels)), pre_logits=True)
+        features, maps = self.detector.encoder.features(pixels)
+        embeddings = torch.cat(self.detector.encoder.pooled_parts(self.last_map(features), maps), dim=1)
         return self.detector.classify(embeddings, self.detector.projection(embeddings))[:, None]
 
 
