@@ -22,7 +22,7 @@ from train.embedding_map import (
     EmbeddingSet,
     check_mappable,
     embedding_map,
-    embedding_map_markdown,
+    embedding_map_section,
     embedding_rows,
     stratified_sample,
 )
@@ -120,7 +120,7 @@ def test_method_without_traces_is_mapped_by_the_encoders_embeddings(
     assert (made.report.space, made.report.traces) == ("e", 0)
     assert {point.kind for point in made.points} == {"picture"}
     assert {s.trace_similarity for s in made.report.classes + made.report.generators} == {None}
-    assert "this method trains no z and has no natural traces" in embedding_map_markdown(made.report)
+    assert "this method trains no z and has no natural traces" in embedding_map_section(made.report)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_one_class_has_no_silhouette(monkeypatch: pytest.MonkeyPatch, detector: 
 
 
 def test_section_says_what_was_trained_on_or_that_it_is_not_known(mapped: EmbeddingMap) -> None:
-    known = embedding_map_markdown(mapped.report)
+    known = embedding_map_section(mapped.report)
     assert "12 of 16 scored pictures" in known
     assert "Filled circles are generators whose fakes the run was trained on" in known
     assert "| fake: halved | yes | 6 |" in known
@@ -184,8 +184,8 @@ def test_section_says_what_was_trained_on_or_that_it_is_not_known(mapped: Embedd
     unknown = replace(
         mapped.report, training_generators_known=False, generators=(replace(halved, seen_in_training=None),)
     )
-    assert "The run does not say which generators it was trained on" in embedding_map_markdown(unknown)
-    assert "| fake: halved |  | 6 |" in embedding_map_markdown(unknown)
+    assert "The run does not say which generators it was trained on" in embedding_map_section(unknown)
+    assert "| fake: halved |  | 6 |" in embedding_map_section(unknown)
 
 
 @pytest.mark.parametrize("generators", [1, 30])

@@ -22,8 +22,10 @@ from train.checkpoint import (
     save_calibration,
 )
 from train.data import load_split
+from train.equalize import EqualizeConfig
 from train.errors import CheckpointError, ConfigError, DataError
 from train.evaluate import evaluate_run, main
+from train.evaluation_config import EvaluationConfig
 from train.evaluation_figures import FigureConfig
 from train.loss_backend import choose_loss_backend
 from train.metrics import detection_metrics
@@ -76,7 +78,7 @@ def test_report_has_every_generator_worst_first_and_every_file(
 ) -> None:
     write_set(tmp_path / "data", {"easygan": (30, 30), "hardgan": (30, 30), "sd": (30, 30)})
     gaps = {"easygan": 6.0, "hardgan": 0.5, "sd": 2.0}
-    report = evaluate_run(run, tmp_path / "data", scorer=scorer(gaps), draws=200)
+    report = evaluate_run(run, tmp_path / "data", EvaluationConfig(draws=200), scorer=scorer(gaps))
     assert [g.name for g in report.generators] == ["hardgan", "sd", "easygan"]
     assert {f.name: f.metrics.pictures for f in report.families} == {"gan": 120, "diffusion": 60}
     aps = [g.metrics.ap for g in report.generators]
@@ -96,7 +98,7 @@ def test_report_has_every_generator_worst_first_and_every_file(
     ]
     page = (run / "report/evaluation.html").read_text(encoding="utf-8")
     assert "<td>hardgan</td>" in page
-    assert 'alt="ROC per generator and reliability"' in page
+    assert 'alt="ROC per generator"' in page
     assert "180 pictures, 90 real, 90 fake" in capsys.readouterr().out
 
 
@@ -115,7 +117,7 @@ def test_what_was_found_is_printed_before_the_work(
 
 def test_set_of_one_class_is_last_and_outside_the_means(run: Path, tmp_path: Path) -> None:
     write_set(tmp_path / "data", {"sd": (12, 12), "photos": (12, 0)})
-    report = evaluate_run(run, tmp_path / "data", scorer=scorer({"sd": 3.0, "photos": 3.0}), draws=50)
+    report = evaluate_run(run, tmp_path / "data", EvaluationConfig(draws=50), scorer=scorer({"sd": 3.0, "photos": 3.0}))
     assert [(g.name, g.metrics.ap is None) for g in report.generators] == [("sd", False), ("photos", True)]
     spread = report.spread["accuracy_at_threshold"]
     assert spread is not None
@@ -125,7 +127,7 @@ def test_set_of_one_class_is_last_and_outside_the_means(run: Path, tmp_path: Pat
 
 def test_few_originals_get_no_interval(run: Path, tmp_path: Path) -> None:
     write_set(tmp_path / "data", {"sd": (5, 5)})
-    report = evaluate_run(run, tmp_path / "data", scorer=scorer({"sd": 1.0}), draws=50)
+    report = evaluate_run(run, tmp_path / "data", EvaluationConfig(draws=50), scorer=scorer({"sd": 1.0}))
     assert set(report.generators[0].intervals.values()) == {None}
     spread = report.spread["ap"]
     assert spread is not None
@@ -138,7 +140,7 @@ def test_thresholds_do_not_follow_the_test_pictures(run: Path, tmp_path: Path) -
     def far(records: Sequence[PictureRecord]) -> np.ndarray:
         return np.array([5.0 + r.label for r in records], np.float32)
 
-    report = evaluate_run(run, tmp_path / "data", scorer=far, draws=10)
+    report = evaluate_run(run, tmp_path / "data", EvaluationConfig(draws=10), scorer=far)
     metrics = report.generators[0].metrics
     assert (metrics.ap, metrics.real_flagged_rate, metrics.accuracy_at_threshold) == (1.0, 1.0, 0.5)
 
@@ -148,13 +150,13 @@ def test_collection_without_splits_is_scored_as_all(run: Path, tmp_path: Path) -
     bare = tmp_path / "data" / "test"
     with pytest.raises(DataError, match=r"split 'test' of .*splits there: none"):
         evaluate_run(run, bare, scorer=scorer({"sd": 1.0}))
-    report = evaluate_run(run, bare, split="all", scorer=scorer({"sd": 1.0}), draws=10)
+    report = evaluate_run(run, bare, EvaluationConfig(split="all", draws=10), scorer=scorer({"sd": 1.0}))
     assert (report.pictures, report.split) == (6, "all")
 
 
 def test_report_goes_where_it_is_asked_to_go(run: Path, tmp_path: Path) -> None:
     write_set(tmp_path / "data", {"sd": (3, 3)})
-    evaluate_run(run, tmp_path / "data", out=tmp_path / "out", scorer=scorer({"sd": 1.0}), draws=10)
+    evaluate_run(run, tmp_path / "data", EvaluationConfig(draws=10), out=tmp_path / "out", scorer=scorer({"sd": 1.0}))
     assert (tmp_path / "out" / "evaluation.json").is_file()
     assert not (run / "report").exists()
 
@@ -188,15 +190,16 @@ def test_command_line_explains_what_is_missing(
     ],
 )
 def test_figure_that_cannot_be_made_is_refused_before_scoring(
-    run: Path, tmp_path: Path, figures: FigureConfig, message: str
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: FigureConfig, message: str
 ) -> None:
     write_set(tmp_path / "data", {"sd": (3, 3)})
 
-    def fail(records: Sequence[PictureRecord]) -> np.ndarray:
-        raise AssertionError("scored")
+    def fail(run: Path) -> None:
+        raise AssertionError("opened the detector")
 
+    monkeypatch.setattr("train.evaluate.load_detector", fail)
     with pytest.raises(NTFError, match=message):
-        evaluate_run(run, tmp_path / "data", scorer=fail, figures=figures)
+        evaluate_run(run, tmp_path / "data", EvaluationConfig(figures=figures))
 
 
 @pytest.fixture(scope="module")
@@ -255,16 +258,52 @@ def test_identity_gives_the_logits_of_the_trained_detector_to_the_bit(trained: t
 def test_rates_asked_of_a_run_without_validation_scores_are_refused(run: Path, tmp_path: Path) -> None:
     write_set(tmp_path / "data", {"sd": (3, 3)})
     with pytest.raises(CheckpointError, match=r"got a run without validation_scores.json"):
-        evaluate_run(run, tmp_path / "data", scorer=scorer({"sd": 1.0}), real_flagged_rates=(0.1,))
-    report = evaluate_run(run, tmp_path / "data", scorer=scorer({"sd": 1.0}), draws=10)
+        evaluate_run(run, tmp_path / "data", EvaluationConfig(real_flagged_rates=(0.1,)), scorer=scorer({"sd": 1.0}))
+    report = evaluate_run(run, tmp_path / "data", EvaluationConfig(draws=10), scorer=scorer({"sd": 1.0}))
     assert report.calibration_report is not None
     assert report.calibration_report.thresholds is None
     assert report.robustness is None
 
 
-def test_robustness_of_another_scorer_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="robustness: got a scorer, wanted the run's own detector"):
-        evaluate_run(run, tmp_path, scorer=scorer({}), robustness=RobustnessConfig(enabled=True))
+@pytest.mark.parametrize(
+    "config",
+    [
+        EvaluationConfig(robustness=RobustnessConfig(enabled=True)),
+        EvaluationConfig(figures=FigureConfig(tsne=True)),
+        EvaluationConfig(figures=FigureConfig(gradcam=True)),
+    ],
+)
+def test_second_look_with_another_scorer_is_refused(run: Path, tmp_path: Path, config: EvaluationConfig) -> None:
+    with pytest.raises(ConfigError, match="robustness, tsne and gradcam: got a scorer, wanted the run's own detector"):
+        evaluate_run(run, tmp_path, config, scorer=scorer({}))
+
+
+def test_every_option_has_a_plain_name_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (
+        "--split all --corrupt skip --equalize --equalize-size 64 --cache-dir store --real-flagged-rates 0.1 0.2 "
+        "--robustness --robustness-operations blur --robustness-blur 1 --robustness-pictures 5 --robustness-seed 3 "
+        "--tsne --tsne-pictures 50 --tsne-seed 2 --gradcam --gradcam-pictures 4 --paper-tables --batch-size 8 "
+        "--workers 1 --draws 9"
+    )
+    asked: list[EvaluationConfig] = []
+    monkeypatch.setattr("train.evaluate.evaluate_run", lambda run, data, config, **_: asked.append(config))
+    monkeypatch.setattr("train.evaluate.short_table", lambda report: "")
+    assert main(["--run", str(tmp_path), "--data", str(tmp_path), *given.split()]) == 0
+    assert asked == [
+        EvaluationConfig(
+            split="all",
+            corrupt="skip",
+            equalize=EqualizeConfig(enabled=True, size=64),
+            cache_dir=Path("store"),
+            real_flagged_rates=(0.1, 0.2),
+            robustness=RobustnessConfig(enabled=True, operations=("blur",), blur=(1.0,), pictures=5, seed=3),
+            figures=FigureConfig(tsne=True, tsne_pictures=50, tsne_seed=2, gradcam=True, gradcam_pictures=4),
+            paper_tables=True,
+            batch_size=8,
+            workers=1,
+            draws=9,
+        )
+    ]
 
 
 def test_figures_that_are_asked_for_stand_in_every_form_of_the_report(

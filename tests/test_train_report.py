@@ -22,11 +22,10 @@ from train.report import (
     Spread,
     report_from_jsonable,
     report_json,
-    report_markdown,
     short_table,
-    write_report,
 )
 from train.report_figure import write_figure
+from train.report_markdown import report_markdown, report_sections, write_report
 
 SPEC = CalibrationSpec(2.0, 0.25, -1.0, 1.0, 0.01, 0.05)
 LABELS = np.repeat([0, 1], 4)
@@ -134,6 +133,18 @@ def test_families_are_shown_only_where_they_differ(report: EvaluationReport) -> 
     assert "| gan |" in report_markdown(other)
 
 
+def test_sections_stand_in_their_order_and_those_without_text_are_left_out(report: EvaluationReport) -> None:
+    sections = report_sections(report, paper_tables=True)
+    titles = [section.title for section in sections]
+    assert titles[0] == "Over generators"
+    assert titles[-1] == "Where this comes from"
+    absent = {"Families: ranking", "Families: decisions", "Calibration", "Robustness"}
+    absent |= {"Map of the embeddings", "Where the detector looks"}
+    assert {section.title for section in sections if section.text is None} == absent
+    lines = report_markdown(report, paper_tables=True).splitlines()
+    assert [line[3:] for line in lines if line.startswith("## ")] == [t for t in titles if t not in absent]
+
+
 def test_short_table_is_aligned_and_ends_with_the_means(report: EvaluationReport) -> None:
     lines = short_table(report).splitlines()
     assert lines[0].split()[:3] == ["generator", "real", "fake"]
@@ -160,7 +171,7 @@ def test_figure_is_a_picture_for_few_and_many_generators(tmp_path: Path, generat
     labels = np.tile([0, 1], 20 * generators)
     rows = {f"g{i}": np.arange(40 * i, 40 * i + 40) for i in range(generators)}
     rows["one class"] = np.arange(0, 40, 2)
-    write_figure(tmp_path / "f.png", rng.normal(labels), labels, rows, SPEC)
+    write_figure(tmp_path / "f.png", rng.normal(labels), labels, rows)
     with Image.open(tmp_path / "f.png") as figure:
-        assert figure.size[0] > 1000
+        assert min(figure.size) > 700
         assert len(figure.convert("RGB").getcolors(1 << 24)) > 20

@@ -30,9 +30,9 @@ from train.saliency import (
     rank_correlation,
     saliency_layer,
     saliency_maps,
-    saliency_markdown,
     saliency_pictures,
     saliency_report,
+    saliency_section,
 )
 from train.saliency_sheet import evidence_limit, write_sheet
 from train.scoring import preprocess_spec
@@ -188,7 +188,7 @@ def test_report_counts_right_and_wrong_and_leaves_undefined_ones_out_of_the_mean
         ("fake, not called fake", 1, 1, -0.5, -0.5, -0.5),
         ("all", 3, 2, 0.0, -0.5, 0.5),
     ]
-    text = saliency_markdown(report)
+    text = saliency_section(report)
     assert "| all | 3 | 2 | 0.00 | -0.50 | 0.50 |" in text
     assert "(taken from the last feature map)" in text
     assert "At most 3 pictures of each class" in text

@@ -300,7 +300,7 @@ def _points(
     )
 
 
-def embedding_map_markdown(report: EmbeddingMapReport) -> str:
+def embedding_map_section(report: EmbeddingMapReport) -> str:
     """The report's section."""
     what = (
         "projected rows z with the natural traces h = f_hom(E(x)) of the real pictures among them and the mean trace "
@@ -328,7 +328,6 @@ def embedding_map_markdown(report: EmbeddingMapReport) -> str:
     together = "together, with the traces," if report.space == "z" else "together"
     return "\n\n".join(
         (
-            "## Map of the embeddings",
             f"![t-SNE of {report.space}]({MAP_FIGURE_FILE})",
             f"t-SNE of the {what}; {report.pictures:,} of {report.pictures_scored:,} scored pictures, each class of "
             f"each generator by its share, perplexity {report.perplexity:.3g}, seed {report.seed}. To be seen: whether "

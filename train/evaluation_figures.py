@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from runtime.manifest import CalibrationSpec
 from runtime.strict_json import to_jsonable
-from train.checkpoint import load_config, load_detector, load_train_generators, save_json
+from train.checkpoint import load_config, load_train_generators, save_json
 from train.embedding_map import MAP_FIGURE_FILE, MAP_FILE, EmbeddingMapReport, check_mappable, embedding_map
 from train.embedding_map_figure import write_embedding_map
 from train.encoder import Encoder
 from train.errors import ConfigError
+from train.evaluation_measures import ScoredPictures
 from train.methods import METHODS
 from train.model import NTFDetector
-from train.pictures import PictureSet, relative_path
+from train.pictures import PictureSet
 from train.saliency import (
     SALIENCY_FIGURE_FILE,
     SALIENCY_FILE,
@@ -50,86 +45,59 @@ class FigureConfig:
     """Pictures of each class of each generator on the sheet: the worst mistakes and the most confident right ones."""
 
 
-class FigureReports(NamedTuple):
-    """What the figures show, None where they were not asked for, and the files that were written."""
-
-    embedding_map: EmbeddingMapReport | None
-    saliency: SaliencyReport | None
-    files: tuple[Path, ...]
-
-
-def check_figures(config: FigureConfig, run: Path, pictures: PictureSet) -> None:
-    """Refuse what cannot be made, before anything is scored.
+def check_figures(config: FigureConfig) -> None:
+    """Refuse values that do not make sense.
 
     Raises:
-        NTFError: naming the option.
+        ConfigError: naming the option.
     """
     if config.tsne_seed < 0:
         raise ConfigError("--tsne-seed", got=str(config.tsne_seed), wanted="0 or more", remedy="change this option")
     if config.gradcam_pictures < 1:
         got = str(config.gradcam_pictures)
         raise ConfigError("--gradcam-pictures", got=got, wanted="1 or more", remedy="change this option")
+
+
+def check_pictures(config: FigureConfig, run: Path, pictures: PictureSet) -> None:
+    """Refuse figures that cannot be made of these pictures or this run, before anything is scored.
+
+    Raises:
+        NTFError: naming the option.
+    """
     if config.tsne:
         check_mappable(pictures.records, config.tsne_pictures)
     if config.gradcam:
         saliency_layer(Encoder(load_config(run).model.encoder))
 
 
-def make_figures(
+def make_embedding_map(
     config: FigureConfig,
-    run: Path,
-    pictures: PictureSet,
-    logits: NDArray[np.floating],
-    calibration: CalibrationSpec,
-    folder: Path,
+    scored: ScoredPictures,
+    detector: NTFDetector,
     *,
+    run: Path,
+    folder: Path,
     batch_size: int = 32,
     workers: int = 0,
-) -> FigureReports:
-    """Writes the figures that are asked for, each with the JSON file that it can be made from again.
+) -> EmbeddingMapReport:
+    """Writes the map, and the JSON file that it can be drawn from again.
 
     Args:
-        config: which.
-        run: finished run folder, whose detector looks at the pictures.
-        pictures: what was scored.
-        logits: (N,) raw logits in the order of its records.
-        calibration: of the run.
+        config: how many pictures, and the seed.
+        scored: pictures to draw from.
+        detector: the run's.
+        run: its folder, which says how it was trained.
         folder: where the files go.
         batch_size: pictures in a pass.
         workers: processes that decode.
 
     Raises:
-        NTFError: the run is not finished, or a figure cannot be made of these pictures.
+        ReportError: too few pictures for a map.
     """
-    if not (config.tsne or config.gradcam):
-        return FigureReports(None, None, ())
-    detector = load_detector(run)
-    ids = [relative_path(record.path, pictures.root) for record in pictures.records]
-    mapped = saliency = None
-    files: tuple[Path, ...] = ()
-    if config.tsne:
-        mapped = _embedding_map(config, run, detector, pictures, ids, folder, batch_size, workers)
-        files += folder / MAP_FILE, folder / MAP_FIGURE_FILE
-    if config.gradcam:
-        saliency = _saliency(config, detector, pictures, ids, logits, calibration, folder, batch_size, workers)
-        files += folder / SALIENCY_FILE, folder / SALIENCY_FIGURE_FILE
-    return FigureReports(mapped, saliency, files)
-
-
-def _embedding_map(
-    config: FigureConfig,
-    run: Path,
-    detector: NTFDetector,
-    pictures: PictureSet,
-    ids: Sequence[str],
-    folder: Path,
-    batch_size: int,
-    workers: int,
-) -> EmbeddingMapReport:
     made = embedding_map(
         detector,
-        pictures.records,
-        ids,
+        scored.pictures.records,
+        scored.ids,
         natural_traces=METHODS[load_config(run).method].natural_traces,
         train_generators=load_train_generators(run),
         limit=config.tsne_pictures,
@@ -139,25 +107,38 @@ def _embedding_map(
     )
     save_json(folder / MAP_FILE, to_jsonable(made, subject=MAP_FILE))
     write_embedding_map(folder / MAP_FIGURE_FILE, made)
+    print(f"wrote {folder / MAP_FILE}, {folder / MAP_FIGURE_FILE}", flush=True)
     return made.report
 
 
-def _saliency(
+def make_saliency_sheet(
     config: FigureConfig,
+    scored: ScoredPictures,
     detector: NTFDetector,
-    pictures: PictureSet,
-    ids: Sequence[str],
-    logits: NDArray[np.floating],
-    calibration: CalibrationSpec,
+    *,
     folder: Path,
-    batch_size: int,
-    workers: int,
+    batch_size: int = 32,
+    workers: int = 0,
 ) -> SaliencyReport:
-    chosen = chosen_pictures(pictures.records, logits, calibration, config.gradcam_pictures)
-    records = [pictures.records[choice.row] for choice in chosen]
-    maps = saliency_maps(detector, records, batch_size=batch_size, workers=workers)
-    shown = saliency_pictures(chosen, pictures.records, ids, logits, calibration, maps)
+    """Writes the sheet, and the JSON file that it can be drawn from again but for the crops.
+
+    Args:
+        config: how many pictures.
+        scored: pictures to choose from.
+        detector: the run's.
+        folder: where the files go.
+        batch_size: pictures in a pass.
+        workers: processes that decode.
+
+    Raises:
+        ConfigError: the encoder has no layer that Grad-CAM++ can be taken from.
+    """
+    records, logits, calibration = scored.pictures.records, scored.logits, scored.calibration
+    chosen = chosen_pictures(records, logits, calibration, config.gradcam_pictures)
+    maps = saliency_maps(detector, [records[one.row] for one in chosen], batch_size=batch_size, workers=workers)
+    shown = saliency_pictures(chosen, records, scored.ids, logits, calibration, maps)
     report = saliency_report(shown, layer=saliency_layer(detector.encoder), pictures_per_class=config.gradcam_pictures)
     save_json(folder / SALIENCY_FILE, to_jsonable(SaliencySheet(report, shown), subject=SALIENCY_FILE))
     write_sheet(folder / SALIENCY_FIGURE_FILE, shown, maps.images)
+    print(f"wrote {folder / SALIENCY_FILE}, {folder / SALIENCY_FIGURE_FILE}", flush=True)
     return report

@@ -311,7 +311,7 @@ def _gradients_of_activations(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def saliency_markdown(report: SaliencyReport) -> str:
+def saliency_section(report: SaliencyReport) -> str:
     """The report's section."""
     rows = [
         (s.name, f"{s.pictures:,}", f"{s.defined:,}", *map(decimal, (s.mean, s.minimum, s.maximum)))
@@ -319,7 +319,6 @@ def saliency_markdown(report: SaliencyReport) -> str:
     ]
     return "\n\n".join(
         (
-            "## Where the detector looks",
             f"![Crops, Grad-CAM++ and evidence]({SALIENCY_FIGURE_FILE})",
             "Three columns a picture: the crop that the detector sees; Grad-CAM++ for the logit of being fake "
             f"(taken from {report.layer}), scaled to each picture's own ends; the detector's evidence, the "
