@@ -206,14 +206,15 @@ def test_pictures_carry_verdict_probability_and_calibrated_evidence(records: tup
 
 
 def test_sheet_has_a_line_for_three_pictures_and_shows_names_as_they_are(tmp_path: Path) -> None:
-    pictures = [picture(0, "right", 0.5)] * 4 + [picture(1, "mistake", None, "_$x^2$ of a very long name indeed")]
-    images = np.full((5, 8, 8, 3), 90, np.uint8)
-    write_sheet(tmp_path / "five.png", pictures, images)
+    long = "_$x^2$ of a very long name indeed"
+    pictures = [picture(0, "right", 0.5)] * 4 + [picture(1, "mistake", None, name) for name in (long, long + "2")]
+    images = np.full((6, 8, 8, 3), 90, np.uint8)
+    write_sheet(tmp_path / "six.png", pictures, images)
     write_sheet(tmp_path / "one.png", pictures[:1], images[:1])
-    with Image.open(tmp_path / "five.png") as five, Image.open(tmp_path / "one.png") as one:
-        assert five.width == one.width
-        assert five.height - one.height == pytest.approx(2 * 154, abs=1)
-        assert len(five.convert("RGB").getcolors(1 << 24)) > 100
+    with Image.open(tmp_path / "six.png") as six, Image.open(tmp_path / "one.png") as one:
+        assert six.width == one.width
+        assert six.height - one.height == pytest.approx(3 * 154, abs=1)
+        assert len(six.convert("RGB").getcolors(1 << 24)) > 100
 
 
 def test_evidence_has_one_scale_that_a_single_cell_does_not_set() -> None:

@@ -333,7 +333,7 @@ def embedding_map_section(report: EmbeddingMapReport) -> str:
             f"each generator by its share, perplexity {report.perplexity:.3g}, seed {report.seed}. To be seen: whether "
             f"real pictures lie {together} and fakes apart from them, those of unseen generators too. {known} A map in "
             "two dimensions keeps neighbours, not distances: gaps between groups, their sizes and the axes mean "
-            "little, and another seed gives another map.",
+            "little, and another sample gives another map.",
             "The figures below are of the rows, not of the map. Silhouette of real against fake: "
             f"**{decimal(report.silhouette)}** (1 far apart, 0 mixed, below 0 nearer to the other class). "
             f"Neighbours alike: share of a picture's {report.neighbours} nearest that have its label, in percent, "

@@ -13,9 +13,9 @@ from train.embedding_map import EmbeddingMap, MapPoint
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# One of each for a generator; marks change where matplotlib's ten colours come round again.
+# One of each for a generator; marks change where the colours, matplotlib's but for its grey, come round again.
 SEEN_MARKS, UNSEEN_MARKS = "osDph", "^v<>d"
-COLOURS = 10
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 REAL: dict[str, Any] = {"marker": "o", "color": "0.6", "s": 16, "alpha": 0.6, "linewidths": 0}
 TRACE: dict[str, Any] = {"marker": "+", "color": "black", "s": 26, "alpha": 0.7, "linewidths": 0.8, "zorder": 2}
 # Beneath its traces, which may all lie there.
@@ -66,9 +66,10 @@ def _scatter(axes: Axes, points: Sequence[MapPoint], label: str, style: dict[str
 
 
 def _mark(number: int, *, filled: bool) -> dict[str, Any]:
-    colour = f"C{number % COLOURS}"
+    turn, place = divmod(number, len(COLOURS))
+    colour = COLOURS[place]
     marks = SEEN_MARKS if filled else UNSEEN_MARKS
-    marker = marks[number // COLOURS % len(marks)]
+    marker = marks[turn % len(marks)]
     if filled:
         return {"marker": marker, "color": colour, "s": 20, "alpha": 0.8, "linewidths": 0}
     return {"marker": marker, "facecolors": "none", "edgecolors": colour, "s": 24, "linewidths": 0.9}

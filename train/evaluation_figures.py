@@ -38,7 +38,7 @@ class FigureConfig:
     tsne_pictures: int = 1000
     """Most pictures in the map; each class of each generator by its share."""
     tsne_seed: int = 0
-    """Seed of the map and of its sample."""
+    """Seed of the map's sample, and of what t-SNE draws."""
     gradcam: bool = False
     """Sheet of pictures with Grad-CAM++ and the detector's evidence."""
     gradcam_pictures: int = 3

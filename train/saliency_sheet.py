@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,10 +21,11 @@ if TYPE_CHECKING:
 PER_LINE = 3  # pictures side by side, each with its two maps
 PANELS = ("crop", "Grad-CAM++", "evidence")
 # In inches.
-TILE, GAP, PICTURE_GAP, TITLE, NAME, MARGIN = 1.3, 0.04, 0.22, 0.24, 1.5, 0.15
+TILE, GAP, PICTURE_GAP, TITLE, NAME, MARGIN = 1.3, 0.04, 0.22, 0.24, 1.75, 0.15
 HEAD, FOOT = 0.35, 0.75
 EVIDENCE_COLOURS, GRADCAM_COLOURS = "RdBu_r", "inferno"
 OVERLAY = 0.55
+MAX_NAME = 20  # characters beside the pictures
 SCALE_QUANTILE = 0.98  # one extreme cell would make all others white
 
 
@@ -75,15 +75,18 @@ def evidence_limit(pictures: Sequence[SaliencyPicture]) -> float:
 
 
 def _lines(pictures: Sequence[SaliencyPicture]) -> list[_Line]:
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[str, int], list[int]] = {}
     for number, picture in enumerate(pictures):
-        name = shorten(plain_label(picture.generator), 20, placeholder="…") or picture.generator[:20]
-        groups.setdefault(f"{name}\n{LABELS[picture.label]}", []).append(number)
+        groups.setdefault((picture.generator, picture.label), []).append(number)
     return [
-        _Line(name, numbers[start : start + PER_LINE])
-        for name, numbers in groups.items()
+        _Line(f"{_short(generator)}\n{LABELS[label]}", numbers[start : start + PER_LINE])
+        for (generator, label), numbers in groups.items()
         for start in range(0, len(numbers), PER_LINE)
     ]
+
+
+def _short(generator: str) -> str:
+    return plain_label(generator if len(generator) <= MAX_NAME else generator[: MAX_NAME - 1] + "…")
 
 
 def _picture_width() -> float:
