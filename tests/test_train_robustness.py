@@ -151,6 +151,8 @@ def test_noise_follows_the_content_and_not_the_place_in_the_collection(records: 
     assert np.array_equal(forward[0], backward[len(records) - 1])
     other = VariantDataset(records, [("noise", 8.0)], SIZE, seed=1)
     assert not np.array_equal(forward[0], other[0])
+    first, second = (forward[row][0].astype(int) - prepare(load_pixels(records[row]), SIZE) for row in (0, 1))
+    assert np.abs(first - second).mean() > 4  # another picture, another field
 
 
 def test_sample_is_the_same_pictures_of_every_stratum_in_any_order(records: list[PictureRecord]) -> None:
