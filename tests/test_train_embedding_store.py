@@ -15,6 +15,7 @@ from train.embedding_store import EmbeddingStore
 from train.encoder import Encoder
 from train.errors import TrainingError
 from train.evaluate import evaluate_run
+from train.evaluation_config import EvaluationConfig
 from train.model import TraceModel
 from train.run import train
 
@@ -33,13 +34,13 @@ def images():
 
 def counted(model, monkeypatch):
     """Numbers of pictures in the encoder's forward passes."""
-    passes, plain = [], Encoder._features
+    passes, plain = [], Encoder.features
 
     def features(self, pixels):
         passes.append(len(pixels))
         return plain(self, pixels)
 
-    monkeypatch.setattr(Encoder, "_features", features)
+    monkeypatch.setattr(Encoder, "features", features)
     return passes
 
 
@@ -116,15 +117,16 @@ def test_second_run_and_evaluation_compute_nothing_and_say_the_same(tmp_path, mo
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
     train(config, tmp_path / "first")
-    first = evaluate_run(tmp_path / "first", data, cache_dir=tmp_path / "store", draws=10, progress=False)
+    cached = EvaluationConfig(cache_dir=tmp_path / "store", draws=10)
+    first = evaluate_run(tmp_path / "first", data, cached, progress=False)
     assert passes
     passes.clear()
     train(config, tmp_path / "second")
-    second = evaluate_run(tmp_path / "second", data, cache_dir=tmp_path / "store", draws=10, progress=False)
+    second = evaluate_run(tmp_path / "second", data, cached, progress=False)
     assert passes == []
     assert first.generators == second.generators
     assert first.generators[0].name == GENERATOR
-    plain = evaluate_run(tmp_path / "first", data, draws=10, progress=False)
+    plain = evaluate_run(tmp_path / "first", data, EvaluationConfig(draws=10), progress=False)
     assert plain.generators[0].metrics.ap == pytest.approx(first.generators[0].metrics.ap, abs=1e-6)
     with sqlite3.connect(next((tmp_path / "store").glob("*.sqlite"))) as database:
         parts = {part for (part,) in database.execute("SELECT DISTINCT part FROM rows")}

@@ -24,6 +24,7 @@ from train.data import load_split
 from train.encoder import load_encoder
 from train.errors import ConfigError, DataError
 from train.evaluate import evaluate_run
+from train.evaluation_config import EvaluationConfig
 from train.methods import METHODS, check_method, with_method
 from train.run import main, parse_options, train
 from train.scoring import score_pictures
@@ -112,7 +113,7 @@ def test_resumed_run_gives_the_same_numbers(run_of, data, tmp_path, method):
 )
 def test_method_is_evaluated_exported_verified_and_served(data, tmp_path, run_of, method):
     run, bundle = run_of(method), tmp_path / "bundle"
-    report = evaluate_run(run, data, draws=20, progress=False)
+    report = evaluate_run(run, data, EvaluationConfig(draws=20), progress=False)
     assert report.pictures == 8
     assert report.generators[0].metrics.ap > 0.8
     assert export(["--run", str(run), "--model", str(bundle), "--no-engine", *EXPORT_OPTIONS]) == 0

@@ -10,9 +10,11 @@ from test_train_report import SPEC, entry
 
 from train.bootstrap import METRICS
 from train.evaluate import main
+from train.evaluation_config import EvaluationConfig
 from train.metrics import detection_metrics
-from train.paper_tables import ALIASES, paper_columns, paper_figures, paper_name, paper_sections
-from train.report import EvaluationReport, SetReport, report_markdown
+from train.paper_tables import ALIASES, paper_columns, paper_figures, paper_name, paper_section
+from train.report import EvaluationReport, SetReport
+from train.report_markdown import report_markdown
 
 # Averages that the paper prints otherwise than the unweighted means of its own columns: rounded down in the last digit,
 # or of other sets (its starred methods leave out faces, and nothing explains Xception's on diffusion models).
@@ -143,7 +145,8 @@ def test_our_row_stands_above_the_papers_for_the_generators_that_both_have() -> 
         entry("DDIM", [-3, 2, -2, 3, 1, -2, 2, 4]),
         entry("mystery", [-3, 2, -2, 3]),
     )
-    (section,) = paper_sections(mixed)
+    section = paper_section(mixed)
+    assert section is not None
     assert "its FPR is our `fake missed`" in section
     assert "LDM is our `ldm`; without DDPM, PNDM, SDM, DiffFace, of which there are no pictures here." in section
     head = cells(section, "method")
@@ -154,21 +157,24 @@ def test_our_row_stands_above_the_papers_for_the_generators_that_both_have() -> 
     assert "Table 2" not in section
     assert "### Generators that the paper does not have" in section
     assert "mystery AP" in section
-    assert section in report_markdown(mixed, paper_sections(mixed))
+    assert f"## As in the paper's tables\n\n{section}" in report_markdown(mixed)
 
 
 def test_our_figures_alone_are_printed_when_asked_and_say_so() -> None:
     others = evaluation(entry("one", [-3, -2, -2, -1, 1, 2, 2, 3]), entry("bare", [-3, 2, -2, 3]))
-    assert paper_sections(others) == []
-    (section,) = paper_sections(others, wanted=True)
+    assert paper_section(others) is None
+    section = paper_section(others, wanted=True)
+    assert section is not None
+    assert section in report_markdown(others, paper_tables=True)
+    assert section not in report_markdown(others)
     assert "None of the generators is one of the paper's" in section
     assert cells(section, "ours")[-4:] == ["n/a", "75.0", "n/a", "25.0"]  # one set has no fakes
     assert "| NTF |" not in section
 
 
 def test_command_line_adds_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {}
-    monkeypatch.setattr("train.evaluate.evaluate_run", lambda *_, **named: asked.update(named))
+    asked: list[EvaluationConfig] = []
+    monkeypatch.setattr("train.evaluate.evaluate_run", lambda run, data, config, **_: asked.append(config))
     monkeypatch.setattr("train.evaluate.short_table", lambda report: "")
     assert main(["--run", str(tmp_path), "--data", str(tmp_path), "--paper-tables"]) == 0
-    assert asked["paper_tables"]
+    assert [config.paper_tables for config in asked] == [True]

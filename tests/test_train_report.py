@@ -22,11 +22,10 @@ from train.report import (
     Spread,
     report_from_jsonable,
     report_json,
-    report_markdown,
     short_table,
-    write_report,
 )
 from train.report_figure import write_figure
+from train.report_markdown import report_markdown, report_sections, write_report
 
 SPEC = CalibrationSpec(2.0, 0.25, -1.0, 1.0, 0.01, 0.05)
 LABELS = np.repeat([0, 1], 4)
@@ -110,11 +109,12 @@ def test_trivial_auc_stands_beside_the_detectors_and_what_was_done_is_said(repor
 
 def test_report_from_before_a_field_existed_is_read_with_what_was_true_then(report: EvaluationReport) -> None:
     values = json.loads(report_json(report))
-    for name in ("treatment", "corrupt_left_out", "trivial_auc", "calibration_report", "robustness"):
+    added = ("calibration_report", "robustness", "embedding_map", "saliency")
+    for name in ("treatment", "corrupt_left_out", "trivial_auc", *added):
         del values[name]
     read = report_from_jsonable(values, subject="report")
     assert (read.treatment, read.corrupt_left_out, read.trivial_auc) == ("pictures as they are stored", 0, {})
-    assert (read.calibration_report, read.robustness) == (None, None)
+    assert [getattr(read, name) for name in added] == [None] * 4
     del values["pictures"]
     with pytest.raises(BundleError, match="report: got no field 'pictures'"):
         report_from_jsonable(values, subject="report")
@@ -131,6 +131,18 @@ def test_families_are_shown_only_where_they_differ(report: EvaluationReport) -> 
     other = replace(report, families=(entry("gan", [-3, 2, -2, 3, 1, -2, 2, 4]),))
     assert "## Families: ranking" in report_markdown(other)
     assert "| gan |" in report_markdown(other)
+
+
+def test_sections_stand_in_their_order_and_those_without_text_are_left_out(report: EvaluationReport) -> None:
+    sections = report_sections(report, paper_tables=True)
+    titles = [section.title for section in sections]
+    assert titles[0] == "Over generators"
+    assert titles[-1] == "Where this comes from"
+    absent = {"Families: ranking", "Families: decisions", "Calibration", "Robustness"}
+    absent |= {"Map of the embeddings", "Where the detector looks"}
+    assert {section.title for section in sections if section.text is None} == absent
+    lines = report_markdown(report, paper_tables=True).splitlines()
+    assert [line[3:] for line in lines if line.startswith("## ")] == [t for t in titles if t not in absent]
 
 
 def test_short_table_is_aligned_and_ends_with_the_means(report: EvaluationReport) -> None:
@@ -159,7 +171,7 @@ def test_figure_is_a_picture_for_few_and_many_generators(tmp_path: Path, generat
     labels = np.tile([0, 1], 20 * generators)
     rows = {f"g{i}": np.arange(40 * i, 40 * i + 40) for i in range(generators)}
     rows["one class"] = np.arange(0, 40, 2)
-    write_figure(tmp_path / "f.png", rng.normal(labels), labels, rows, SPEC)
+    write_figure(tmp_path / "f.png", rng.normal(labels), labels, rows)
     with Image.open(tmp_path / "f.png") as figure:
-        assert figure.size[0] > 1000
+        assert min(figure.size) > 700
         assert len(figure.convert("RGB").getcolors(1 << 24)) > 20

@@ -38,6 +38,7 @@ from train.config import Preset, RunConfig, config_from_file, preset_config
 from train.data import load_split
 from train.errors import CheckpointError, ConfigError
 from train.evaluate import evaluate_run
+from train.evaluation_config import EvaluationConfig
 from train.integrity import data_source
 from train.methods import METHODS
 from train.provenance import environment
@@ -248,15 +249,17 @@ class _Evaluations:
         report = evaluate_run(
             job.folder,
             data_source(config.data),
-            split=split,
+            EvaluationConfig(
+                split=split,
+                corrupt=config.corrupt,
+                equalize=config.equalize,
+                cache_dir=Path(config.cache.cache_dir) if config.cache.cache_dir else None,
+                workers=config.workers,
+                draws=self.draws,
+            ),
             out=job.folder / REPORTS / split,
-            corrupt=config.corrupt,
-            equalize=config.equalize,
-            cache_dir=Path(config.cache.cache_dir) if config.cache.cache_dir else None,
-            workers=config.workers,
-            draws=self.draws,
-            progress=False,
             trivial_auc=self._trivial.get(pictures),
+            progress=False,
         )
         self._trivial[pictures] = report.trivial_auc
 

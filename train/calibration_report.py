@@ -31,7 +31,6 @@ def calibration_section(report: CalibrationReport, calibration: CalibrationSpec)
     """The section for reading."""
     sets = {POOLED: report.pooled} | report.generators
     parts = [
-        "## Calibration",
         f"Calibrated logit = logit / {calibration.temperature:.4g} {calibration.bias:+.4g} (temperature: Guo et al. "
         "2017, arXiv:1706.04599; bias: Platt 1999), fitted on the run's validation pictures. ECE and Brier in percent, "
         "NLL in nats; before: sigmoid of the raw logit, after: the calibrated probability. Lower is better.",

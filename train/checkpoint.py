@@ -45,6 +45,8 @@ HISTORY_FILE = "history.jsonl"
 TEMPORARIES = ".*.tmp"
 # Entry of the start in config.json, for runs that have no checkpoint to compare the configuration with.
 CONFIG_SHA256_KEY = "config_sha256"
+# Key, beside the data hashes in config.json, of the generators whose fakes were trained on.
+TRAIN_GENERATORS_KEY = "train_generators"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -193,6 +195,18 @@ def load_config(run: Path) -> RunConfig:
         ConfigError: its config.json does not fit this version.
     """
     return config_from_file(require_run_file(run, CONFIG_FILE))
+
+
+def load_train_generators(run: Path) -> tuple[str, ...] | None:
+    """Generators whose fakes the run was trained on; None for a run from before they were recorded.
+
+    Raises:
+        CheckpointError: the folder is not a run.
+    """
+    recorded = json.loads(require_run_file(run, CONFIG_FILE).read_text(encoding="utf-8"))
+    data = recorded["data"]  # a path where the file holds the configuration alone
+    names = data.get(TRAIN_GENERATORS_KEY) if isinstance(data, dict) else None
+    return None if names is None else tuple(names)
 
 
 def load_detector(run: Path) -> NTFDetector:

@@ -186,7 +186,10 @@ class Encoder(nn.Module):
 
     def parts(self, pixels: Tensor) -> list[Tensor]:
         """What `pool` puts side by side: the pooled output, then what each depth adds."""
-        features, maps = self._features(pixels)
+        return self.pooled_parts(*self.features(pixels))
+
+    def pooled_parts(self, features: Tensor, maps: Sequence[DepthOutput]) -> list[Tensor]:
+        """What `parts` gives, of what `features` gives."""
         return [self.net.forward_head(features, pre_logits=True), *(part.pooled for part in maps)]
 
     def part_names(self) -> list[str]:
@@ -222,16 +225,14 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> EncoderOutput:
         """Embedding, and one embedding for each cell of the last map, of normalised pixels (N, 3, H, W)."""
-        features, maps = self._features(pixels)
+        features, maps = self.features(pixels)
         cells = self._token_cells(features) if features.ndim == 3 else self._map_cells(features)
         parts = [part.on_grid(cells.shape[1:3]) for part in maps]
-        pooled = [self.net.forward_head(features, pre_logits=True), *(part.pooled for part in maps)]
-        return EncoderOutput(
-            self.standardizer(torch.cat(pooled, dim=1)), self.standardizer(torch.cat((cells, *parts), dim=-1))
-        )
+        pooled = torch.cat(self.pooled_parts(features, maps), dim=1)
+        return EncoderOutput(self.standardizer(pooled), self.standardizer(torch.cat((cells, *parts), dim=-1)))
 
-    def _features(self, pixels: Tensor) -> tuple[Tensor, list[DepthOutput]]:
-        """The last map or tokens, and what the depths add."""
+    def features(self, pixels: Tensor) -> tuple[Tensor, list[DepthOutput]]:
+        """The last map (N, d, h, w) or tokens (N, tokens, d) of normalised pixels, and what the depths add."""
         if not self.depths:
             return self.net.forward_features(pixels), []
         if not self._class_tokens:

@@ -19,3 +19,7 @@ class CheckpointError(NTFError):
 
 class TrainingError(NTFError):
     """Training cannot go on, for example because the loss is not a number any more."""
+
+
+class ReportError(NTFError):
+    """A report refers to a picture that is not there, or a figure cannot be made of what was scored."""

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from runtime.strict_json import from_jsonable, parse_json
+from train.markdown import markdown_code, markdown_table, percent
 from train.metrics import DetectionMetrics
-from train.report import EvaluationReport, SetReport, markdown_table, percent
+from train.report import EvaluationReport, SetReport
 
 FIGURES_FILE = Path(__file__).with_name("paper_figures.json")
 OURS = "ours"
@@ -103,8 +104,8 @@ def paper_columns(metrics: DetectionMetrics) -> dict[str, float | None]:
     }
 
 
-def paper_sections(report: EvaluationReport, *, wanted: bool = False) -> list[str]:
-    """Markdown sections with our figures beside the paper's; none where no generator is the paper's.
+def paper_section(report: EvaluationReport, *, wanted: bool = False) -> str | None:
+    """The section with our figures beside the paper's; None where no generator is the paper's.
 
     Args:
         report: of an evaluation.
@@ -116,8 +117,8 @@ def paper_sections(report: EvaluationReport, *, wanted: bool = False) -> list[st
         name = paper_name(entry.name)
         named.setdefault(name, []).append(entry) if name else others.append(entry)
     if not named and not wanted:
-        return []
-    parts = ["## As in the paper's tables", MAPPING_NOTE]
+        return None
+    parts = [MAPPING_NOTE]
     if not named:
         parts.append("None of the generators is one of the paper's: these are our figures alone, in its form.")
     for table in paper_figures().tables:
@@ -128,14 +129,14 @@ def paper_sections(report: EvaluationReport, *, wanted: bool = False) -> list[st
         parts.append("### Generators that the paper does not have" if named else "### Our generators")
         chunks = [others[i : i + IN_A_TABLE] for i in range(0, len(others), IN_A_TABLE)]
         parts += [_ours_alone(chunk) for chunk in chunks]
-    return ["\n\n".join(parts)]
+    return "\n\n".join(parts)
 
 
 def _title(table: PaperTable, shown: Sequence[tuple[str, SetReport]]) -> str:
     found = {name for name, _ in shown}
     missing = [name for name in table.generators if name not in found]
     title = f"### Table {table.number}: {table.title}"
-    renamed = [f"{name} is our `{entry.name}`" for name, entry in shown if name != entry.name]
+    renamed = [f"{name} is our {markdown_code(entry.name)}" for name, entry in shown if name != entry.name]
     notes = [f"without {', '.join(missing)}, of which there are no pictures here"] if missing else []
     return f"{title}\n\n{'; '.join(renamed + notes)}." if renamed or notes else title
 

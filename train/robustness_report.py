@@ -25,7 +25,6 @@ LEGEND_COLUMNS = 3
 def robustness_section(report: RobustnessReport) -> str:
     """The section for reading."""
     parts = [
-        "## Robustness",
         f"{_sample_sentence(report)} Each picture, real or fake, was changed after decoding and before the detector's "
         "own crop. Figures in percent, unweighted means over the generators that have both classes; each generator "
         "stands in the JSON. `logit change`: mean |change| of the calibrated logit against the untouched picture. "

@@ -34,6 +34,7 @@ from train.checkpoint import (
     STAGE2_FILE,
     STATE_FILE,
     TEMPORARIES,
+    TRAIN_GENERATORS_KEY,
     config_sha256,
     load_config,
     load_detector,
@@ -483,6 +484,7 @@ def write_config(
     corrupt = data.train.corrupt + data.validation.corrupt
     pictures: dict[str, Any] = {"train_pictures": len(data.train), "val_pictures": len(data.validation)}
     pictures |= {"treatment": config.equalize.describe(), "corrupt_left_out": corrupt_counts(corrupt)}
+    pictures[TRAIN_GENERATORS_KEY] = sorted({r.generator for r in data.train.records if r.label == 1})
     if corrupt:
         listed = [dataclasses.asdict(picture) for picture in corrupt]
         save_json(run / CORRUPT_FILE, {"counts": corrupt_counts(corrupt), "pictures": listed})
