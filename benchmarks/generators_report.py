@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from train.report import percent
 
 RESULTS = Path("benchmarks/results")
 DOCUMENT = Path("docs/results.md")
+TUNED = "tuned"
 NAMES = {"edge": "Edge encoder", "server": "Server encoder"}
 INTRODUCTION = """# Methods on real generators
 
@@ -51,11 +53,12 @@ def document(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _choice(choice: Mapping[str, Any]) -> str:
     held_out = choice["hold_out"]
-    rows = []
-    for name, figures in choice["variants"].items():
+    rows, common = [], _common(choice["variants"].values())
+    for name, figures in sorted(choice["variants"].items(), key=lambda item: -(item[1]["mean"] or 0)):
         cells = [_figure(figures[generator]) for generator in held_out]
-        rows.append((name, _changes(figures["changes"]), *cells, percent(figures["mean"])))
-    table = markdown_table(("variant", "changes", *(f"{name} held out" for name in held_out), "mean AP"), rows)
+        rows.append((name, _changes(figures["changes"], common), *cells, percent(figures["mean"])))
+    table = markdown_table(("variant", "options", *(f"{name} held out" for name in held_out), "mean AP"), rows)
+    table += f"\n\n{TUNED}: {', '.join(f'{name} = {json.dumps(value)}' for name, value in common.items())}."
     text = (
         f"Chosen for the test: **{choice['chosen']}**, the best variant of the method; and "
         f"**{choice['best_control']}**, the best of those without a part of it."
@@ -173,8 +176,23 @@ def _intervals(final: Mapping[str, Any], generators: Sequence[str]) -> str:
     return markdown_table(head, rows)
 
 
-def _changes(changes: Mapping[str, Any]) -> str:
-    """Options of a variant, as its recipe has them."""
+def _changes(changes: Mapping[str, Any], common: Mapping[str, Any]) -> str:
+    """Options of a variant; those that most have stand as one word."""
+    own = _flat(changes)
+    tuned = bool(common) and common.items() <= own.items()
+    shown = {name: value for name, value in own.items() if not (tuned and name in common)}
+    words = [TUNED] if tuned else []
+    return ", ".join(words + [f"{name} = {json.dumps(value)}" for name, value in shown.items()]) or "the recipe's base"
+
+
+def _common(variants: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What at least half of the variants have in common."""
+    found = [_flat(variant["changes"]) for variant in variants]
+    counts = Counter((name, json.dumps(value)) for changes in found for name, value in changes.items())
+    return {name: json.loads(value) for (name, value), count in sorted(counts.items()) if 2 * count >= len(found) > 3}
+
+
+def _flat(changes: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def walk(values: Mapping[str, Any], prefix: str) -> None:
@@ -185,7 +203,7 @@ def _changes(changes: Mapping[str, Any]) -> str:
                 flat[f"{prefix}{key}"] = value
 
     walk(changes, "")
-    return ", ".join(f"{name} = {json.dumps(value)}" for name, value in flat.items()) or "the recipe's base"
+    return flat
 
 
 def _figure(figure: Mapping[str, float | None] | None) -> str:

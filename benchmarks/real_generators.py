@@ -46,8 +46,8 @@ class Options:
     """Pictures with a train, a val and a test split."""
     out: Path
     """Folder of the studies; those that were stopped go on."""
-    step: Literal["choose", "final", "both"] = "both"
-    """final needs what choose has left in --out."""
+    step: Literal["choose", "final", "both", "document"] = "both"
+    """final needs the choice in the results file; document writes docs/results.md again from all results files."""
     encoder_weights: str = ""
     """Weight file of the recipe's encoder, where the recipe does not name the package's."""
     cache_dir: str = ""
@@ -87,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit status 0, or 1 where a run failed, or 2."""
     try:
         options = tyro.cli(Options, prog="python -m benchmarks.real_generators", args=arguments)
+        if options.step == "document":
+            write_document(DOCUMENT)
+            return 0
         recipe = read_recipe(options)
         results = read_results(options.recipe)
         failed = 0
