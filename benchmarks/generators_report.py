@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from train.checkpoint import write_atomically
-from train.markdown import markdown_table
-from train.report import percent
+from train.markdown import markdown_table, percent
 
 RESULTS = Path("benchmarks/results")
 DOCUMENT = Path("docs/results.md")
