@@ -19,7 +19,7 @@ from train.ablation_report import (
 )
 from train.bootstrap import METRICS
 from train.checkpoint import write_atomically
-from train.report import markdown_table, percent
+from train.markdown import markdown_table, percent
 
 JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "ablation.json", "ablation.md", "ablation.png"
 TITLES = {
