@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,7 @@ from train.loss_backend import choose_loss_backend
 from train.metrics import detection_metrics
 from train.pictures import PictureRecord, PictureSet
 from train.report import report_from_jsonable
+from train.report_markdown import report_sections
 from train.robustness import RobustnessConfig
 from train.run import train, write_config
 from train.scoring import preprocess_spec, score_images, score_pictures
@@ -213,24 +217,32 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return run, data
 
 
-def test_command_line_scores_with_the_trained_detector(
-    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def evaluated(trained: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of a report with every section, and what the command line printed."""
+    run, data = trained
+    out = tmp_path_factory.mktemp("report")
+    asked = (
+        "--draws 20 --no-progress --real-flagged-rates 0.1 0.01 --paper-tables --tsne --gradcam --gradcam-pictures 2 "
+        "--robustness --robustness-operations blur jpeg --robustness-blur 0 1 --robustness-jpeg 40"
+    )
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert main(["--run", str(run), "--data", str(data), "--out", str(out), *asked.split()]) == 0
+    return out, printed.getvalue()
+
+
+def test_command_line_scores_with_the_trained_detector(trained: tuple[Path, Path], evaluated: tuple[Path, str]) -> None:
     folder, data = trained
-    operations = ["--robustness", "--robustness-operations", "blur", "jpeg", "--robustness-jpeg", "40"]
-    options = ["--draws", "20", "--no-progress", "--out", str(tmp_path), "--real-flagged-rates", "0.1", "0.01"]
-    assert main(["--run", str(folder), "--data", str(data), *options, *operations, "--robustness-blur", "0", "1"]) == 0
-    out = capsys.readouterr().out
-    assert "mean over generators" in out
-    assert "robustness: 12 of 12 pictures, 2 variants of each" in out
-    written = json.loads((tmp_path / "evaluation.json").read_text())
+    out, printed = evaluated
+    assert "mean over generators" in printed
+    assert "robustness: 12 of 12 pictures, 2 variants of each" in printed
+    written = json.loads((out / "evaluation.json").read_text())
     detector, records = load_detector(folder), load_split(data, "test").records
     logits = score_pictures(detector, records, progress=False).logits
     expected = detection_metrics(logits, np.array([r.label for r in records]), calibration=load_calibration(folder))
     assert written["generators"][0]["metrics"]["auc"] == pytest.approx(expected.auc)
     assert written["data_sha256"] == load_split(data, "test").content_sha256()
-    assert written["embedding_map"] is None
-    assert written["saliency"] is None
     report = report_from_jsonable(written, subject="report")
     assert report.robustness is not None
     for curve in report.robustness.curves:  # untouched: the plain evaluation, to the bit
@@ -240,9 +252,37 @@ def test_command_line_scores_with_the_trained_detector(
     assert report.calibration_report is not None
     assert report.calibration_report.thresholds is not None
     assert [row.needed for row in report.calibration_report.thresholds.rows] == [10, 100]
-    text = (tmp_path / "evaluation.md").read_text()
-    shown = {name: (tmp_path / name).is_file() for name in ("evaluation.png", "calibration.png", "robustness.png")}
-    assert all(f"({name})" in text and there for name, there in shown.items())
+
+
+def test_every_section_stands_in_every_form_of_the_report(
+    trained: tuple[Path, Path], evaluated: tuple[Path, str]
+) -> None:
+    (_, data), (out, printed) = trained, evaluated
+    pictures = ["calibration.png", "embedding_map.png", "evaluation.png", "robustness.png", "saliency.png"]
+    others = ["embedding_map.json", "evaluation.html", "evaluation.json", "evaluation.md", "saliency.json"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(pictures + others)
+    assert all(str(path) in printed for path in out.iterdir())
+    report = json.loads((out / "evaluation.json").read_text())
+    mapped = json.loads((out / "embedding_map.json").read_text())
+    sheet = json.loads((out / "saliency.json").read_text())
+    assert report["embedding_map"] == mapped["report"]
+    assert report["saliency"] == sheet["report"]
+    assert mapped["report"]["generators"][0]["seen_in_training"] is True
+    assert [(p["label"], p["generator"]) for p in sheet["pictures"]] == [(0, GENERATOR)] * 2 + [(1, GENERATOR)] * 2
+    assert all((data / point["id"]).is_file() for point in mapped["points"] if point["kind"] != "mean trace")
+    assert all((data / picture["id"]).is_file() for picture in sheet["pictures"])
+    text, page = ((out / f"evaluation.{form}").read_text(encoding="utf-8") for form in ("md", "html"))
+    assert all(f"({name})" in text for name in pictures)
+    assert page.count('src="data:image/png;base64,') == len(pictures)
+    sections = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    read = report_from_jsonable(report, subject="report")
+    assert sections == [s.title for s in report_sections(read, paper_tables=True) if s.text]
+    assert {"Calibration", "Robustness", "Map of the embeddings", "Where the detector looks"} <= set(sections)
+    assert "As in the paper's tables" in sections
+    page = unescape(page)
+    for section in sections:
+        assert f">{section}</a>" in page
+        assert f">{section}</h2>" in page
 
 
 def test_identity_gives_the_logits_of_the_trained_detector_to_the_bit(trained: tuple[Path, Path]) -> None:
@@ -304,39 +344,6 @@ def test_every_option_has_a_plain_name_on_the_command_line(tmp_path: Path, monke
             draws=9,
         )
     ]
-
-
-def test_figures_that_are_asked_for_stand_in_every_form_of_the_report(
-    trained: tuple[Path, Path], tmp_path: Path
-) -> None:
-    folder, data = trained
-    asked = ["--tsne", "--gradcam", "--gradcam-pictures", "2", "--draws", "20", "--no-progress"]
-    assert main(["--run", str(folder), "--data", str(data), "--out", str(tmp_path / "out"), *asked]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "calibration.png",
-        "embedding_map.json",
-        "embedding_map.png",
-        "evaluation.html",
-        "evaluation.json",
-        "evaluation.md",
-        "evaluation.png",
-        "saliency.json",
-        "saliency.png",
-    ]
-    report = json.loads((tmp_path / "out/evaluation.json").read_text())
-    mapped = json.loads((tmp_path / "out/embedding_map.json").read_text())
-    sheet = json.loads((tmp_path / "out/saliency.json").read_text())
-    assert report["embedding_map"] == mapped["report"]
-    assert report["saliency"] == sheet["report"]
-    assert mapped["report"]["generators"][0]["seen_in_training"] is True
-    assert [(p["label"], p["generator"]) for p in sheet["pictures"]] == [(0, GENERATOR)] * 2 + [(1, GENERATOR)] * 2
-    assert all((data / point["id"]).is_file() for point in mapped["points"] if point["kind"] != "mean trace")
-    assert all((data / picture["id"]).is_file() for picture in sheet["pictures"])
-    page = (tmp_path / "out/evaluation.html").read_text(encoding="utf-8")
-    sections = [line[3:] for line in (tmp_path / "out/evaluation.md").read_text().splitlines() if line[:3] == "## "]
-    assert {"Map of the embeddings", "Where the detector looks"} <= set(sections)
-    assert all(f">{section}</a>" in page and f">{section}</h2>" in page for section in sections)
-    assert page.count('src="data:image/png;base64,') == 4
 
 
 def test_run_records_the_generators_whose_fakes_it_was_trained_on(tmp_path: Path) -> None:

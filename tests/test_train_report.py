@@ -169,7 +169,7 @@ def test_report_is_written_whole(report: EvaluationReport, tmp_path: Path) -> No
 def test_figure_is_a_picture_for_few_and_many_generators(tmp_path: Path, generators: int) -> None:
     rng = np.random.default_rng(0)
     labels = np.tile([0, 1], 20 * generators)
-    rows = {f"g{i}": np.arange(40 * i, 40 * i + 40) for i in range(generators)}
+    rows = {f"_g${i}": np.arange(40 * i, 40 * i + 40) for i in range(generators)}
     rows["one class"] = np.arange(0, 40, 2)
     write_figure(tmp_path / "f.png", rng.normal(labels), labels, rows)
     with Image.open(tmp_path / "f.png") as figure:

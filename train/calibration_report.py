@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.manifest import CalibrationSpec
 from train.calibration import CalibrationReport, ProbabilityFigures, SetCalibration, Share, ThresholdRow, ThresholdTable
-from train.checkpoint import write_atomically
+from train.drawing import write_png
 from train.markdown import markdown_table, percent
 from train.validation_scores import SCORES_FILE
 
@@ -63,9 +62,7 @@ def write_calibration_figure(path: Path, report: CalibrationReport) -> None:
         _draw_reliability(axes[name], axes[f"{name} count"], report, name, title)
     if report.thresholds is not None:
         _draw_rates(axes["rates"], report.thresholds)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_atomically(path, buffer.getvalue())
+    write_png(path, figure, dpi=110)
 
 
 def _probability_table(sets: Mapping[str, SetCalibration]) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.checkpoint import write_atomically
+from train.drawing import plain_label, write_png
 from train.embedding_map import EmbeddingMap, MapPoint
 
 if TYPE_CHECKING:
@@ -49,14 +48,7 @@ def write_embedding_map(path: Path, embedding_map: EmbeddingMap) -> None:
     axes.set_aspect("equal", adjustable="datalim")
     columns = 1 + len(report.generators) // MAX_LEGEND
     figure.legend(loc="outside right upper", fontsize="small", ncols=columns)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_atomically(path, buffer.getvalue())
-
-
-def plain_label(name: str) -> str:
-    """A name as matplotlib shows it: in one line, and never read as a formula."""
-    return " ".join(name.split()).replace("$", r"\$")
+    write_png(path, figure, dpi=110)
 
 
 def _scatter(axes: Axes, points: Sequence[MapPoint], label: str, style: dict[str, Any]) -> None:

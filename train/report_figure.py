@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from train.checkpoint import write_atomically
-from train.embedding_map_figure import plain_label
+from train.drawing import plain_label, write_png
 from train.metrics import Array, Labels
 
 FIGURE_SIDE = 6.0  # inches
@@ -45,6 +43,4 @@ def write_figure(
     axes.set(xlabel="real flagged", ylabel="fakes found", title="ROC per generator, worst first", aspect="equal")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right", fontsize="small", ncols=1 + len(rows) // MAX_LEGEND)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, buffer.getvalue())
+    write_png(path, figure, dpi=120)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.checkpoint import write_atomically
+from train.drawing import plain_label, write_png
 from train.markdown import markdown_table, percent
 from train.perturbations import OPERATIONS
 from train.robustness import RobustnessCurve, RobustnessPoint, RobustnessReport
@@ -53,9 +52,7 @@ def write_robustness_figure(path: Path, report: RobustnessReport) -> None:
     axes[1].legend(loc="best", fontsize="small")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize="small", ncols=LEGEND_COLUMNS * columns)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write_atomically(path, buffer.getvalue())
+    write_png(path, figure, dpi=100)
 
 
 def _sample_sentence(report: RobustnessReport) -> str:
@@ -107,7 +104,7 @@ def _draw_ranking(axes: Axes, curve: RobustnessCurve) -> None:
         lowest = min([lowest, *(value for value in shown if math.isfinite(value))])
         if any(value is not None for value in values):
             style = ("-", "--", "-.", ":")[number // 10 % 4]  # ten colours, then another stroke
-            axes.plot(shown, style, color=f"C{number % 10}", linewidth=0.9, label=name)
+            axes.plot(shown, style, color=f"C{number % 10}", linewidth=0.9, label=plain_label(name))
     axes.plot(_percents([point.mean.ap for point in curve.points]), color="black", linewidth=2.4, label="mean")
     _finish(axes, curve, "AP, %")
     axes.set_ylim(max(0.0, lowest - 4), 101)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.manifest import LABELS
-from train.checkpoint import write_atomically
-from train.embedding_map_figure import plain_label
+from train.drawing import plain_label, write_png
 from train.saliency import SaliencyPicture
 
 if TYPE_CHECKING:
@@ -63,9 +61,7 @@ def write_sheet(path: Path, pictures: Sequence[SaliencyPicture], images: NDArray
             left = NAME + column * _picture_width()
             _draw(figure, (left, bottom), pictures[number], images[number], limit)
     _scales(figure, limit)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write_atomically(path, buffer.getvalue())
+    write_png(path, figure, dpi=100)
 
 
 def evidence_limit(pictures: Sequence[SaliencyPicture]) -> float:
