@@ -42,8 +42,8 @@ nav ul { columns: 18rem; list-style: none; margin: .25rem 0; padding: 0; }
 nav .level-3 { padding-left: 1.25rem; }
 a { color: inherit; }
 img { display: block; max-width: 100%; margin: 1rem auto; background: #fff; border-radius: 4px; }
-.table { overflow-x: auto; width: fit-content; max-width: 100%; margin: 1rem 0; border: 1px solid var(--line);
-  border-radius: 6px; }
+.table { box-sizing: border-box; overflow-x: auto; width: fit-content; max-width: 100%; margin: 1rem 0;
+  border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: separate; border-spacing: 0; font-size: .875rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; background: var(--page); }
