@@ -118,16 +118,16 @@ def _final(found: Mapping[str, Any]) -> str:
             continue
         cells = [_figure(variant["generators"][generator]["ap"]) for generator in generators]
         rows.append((name, *cells, _mean(variant, unseen), _mean(variant, counted)))
-    rows.append(("*trivial features, AUC*", *(percent(final["trivial_auc"].get(g)) for g in generators), "", ""))
+    rows.append(("trivial features, AUC", *(percent(final["trivial_auc"].get(g)) for g in generators), "", ""))
     titles = [
-        f"{g}{'*' if g in found['not_in_means'] else ''} ({'/'.join(map(str, final['pictures'][g]))})"
+        f"{g}{'†' if g in found['not_in_means'] else ''} ({'/'.join(map(str, final['pictures'][g]))})"
         for g in generators
     ]
     table = markdown_table(("AP", *titles, "mean of the unseen", "mAP"), rows)
     notes = "; ".join(f"{name}: {why}" for name, why in found["not_in_means"].items())
     text = (
         f"Real/fake pictures in brackets. Unseen generators: {', '.join(unseen)}. Mean ± standard deviation over seeds "
-        f"{', '.join(map(str, final['seeds']))}. * not counted in means ({notes}). Trivial features: AUC of file "
+        f"{', '.join(map(str, final['seeds']))}. † not counted in means ({notes}). Trivial features: AUC of file "
         "length, size and format alone, `python -m train.audit`."
     )
     return "\n\n".join([table, text, _decisions(final, counted), _intervals(final, generators), _where(final)])
