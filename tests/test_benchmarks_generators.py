@@ -10,10 +10,10 @@ import torch
 from torch.nn.functional import normalize
 
 from benchmarks.diagnosis import alignment, margin, uniformity
-from benchmarks.generators_report import document
+from benchmarks.generators_report import RESULTS, document
 from benchmarks.real_generators import RECIPES, main, write_hold_out
 from train.ablation_plan import load_plan
-from train.config import preset_config
+from train.config import config_from_dict, preset_config
 from train.data import load_split, scan_pictures
 from train.errors import ConfigError
 from train.pictures import PictureRecord, PictureSet
@@ -131,3 +131,14 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
     assert "| ntf | loss.eta = 0.1 | 70.0 | 70.0 |" in text
     assert "- broken: a sentence" in text
     assert "65.0 to 75.0" in text
+
+
+@pytest.mark.parametrize("name", ["edge", "server"])
+def test_preset_is_the_variant_that_was_chosen(name, tmp_path):
+    values = json.loads((RECIPES / f"{name}.json").read_text())
+    results = json.loads((RESULTS / f"generators_{name}.json").read_text())
+    base = config_from_dict(values["base"], source=name, defaults=preset_config("paper"))
+    found = config_from_dict(values["candidates"][results["choice"]["chosen"]], source=name, defaults=base)
+    preset = preset_config(name)
+    for part in ("method", "model", "loss", "augment", "stage1", "stage2", "decision"):
+        assert getattr(preset, part) == getattr(found, part), part

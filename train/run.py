@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ def parse_options(arguments: list[str]) -> Options:
         ConfigError: values that do not make sense, or a resumed run with changed options.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=("demo", "paper"))
+    first.add_argument("--preset", choices=get_args(Preset))
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path)
     first.add_argument("--adapt-real")
