@@ -131,3 +131,22 @@ def test_second_run_and_evaluation_compute_nothing_and_say_the_same(tmp_path, mo
     with sqlite3.connect(next((tmp_path / "store").glob("*.sqlite"))) as database:
         parts = {part for (part,) in database.execute("SELECT DISTINCT part FROM rows")}
     assert parts == {"output", "depth 1"}
+
+
+@torch.no_grad()
+def test_images_of_the_same_bytes_and_other_shapes_are_other_entries(model, tmp_path, monkeypatch):
+    model.encoder.store = EmbeddingStore(tmp_path, "weights")
+    passes = counted(model, monkeypatch)
+    pixels = torch.arange(96 * 64 * 3).remainder(256).to(torch.uint8)
+    model.embed(pixels.reshape(1, 96, 64, 3))
+    model.embed(pixels.reshape(1, 64, 96, 3))
+    assert passes == [1, 1]
+
+
+def test_run_that_trains_the_encoder_says_that_it_looks_nothing_up(tmp_path, capsys):
+    data = write_pictures(tmp_path / "data", counts={"train": 4, "val": 10})
+    config = tiny_config(data, cache=CacheConfig(cache_dir=str(tmp_path / "store")))
+    (tmp_path / "run").mkdir()
+    train(config, tmp_path / "run")
+    assert "note: the encoder is trained or compiled" in capsys.readouterr().out
+    assert not (tmp_path / "store").exists()

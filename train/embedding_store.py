@@ -64,7 +64,7 @@ class EmbeddingStore:
             TrainingError: the file cannot be read or written.
         """
         names = [_part(name, images.device.type) for name in encoder.part_names()]
-        keys = [hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in images.cpu().numpy()]
+        keys = [_digest(image) for image in images.cpu().numpy()]
         known = self._read(keys, names)
         missing = [index for index, key in enumerate(keys) if key not in known]
         if missing:
@@ -106,6 +106,11 @@ class EmbeddingStore:
             wanted="a file of embeddings that can be read and written",
             remedy="free some space, delete the file, which is computed again, or name another folder with --cache-dir",
         )
+
+
+def _digest(image: np.ndarray) -> bytes:
+    """Of the pixels and the shape of one image."""
+    return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).digest()
 
 
 def _part(name: str, device: str) -> str:

@@ -83,6 +83,7 @@ from train.session import (
     refuse_changed_data,
     refuse_other_processes,
     refuse_too_few_pictures,
+    uses_store,
     with_store,
 )
 from train.shared_traces import take_history, trace_record
@@ -295,6 +296,8 @@ def train(
             stage, epoch = (saved["stage"], saved["epoch"]) if saved is not None else (1, 0)
             trim_history(run, stage=stage, epoch=epoch)
         print(f"training in {run} on {device}, seed {config.seed}", ranks.describe(), sep=", ", flush=True)
+        if config.cache.cache_dir and not uses_store(config):
+            print("note: the encoder is trained or compiled, so its embeddings are not looked up in --cache-dir")
         if METHODS[config.method].natural_traces:
             print(backend.describe(), flush=True)
 

@@ -83,14 +83,18 @@ class Session:
         return StageLoop(stage, self.run, self.config, position, saved, carried)
 
 
+def uses_store(config: RunConfig) -> bool:
+    """Whether a run can look embeddings up: its encoder never changes, and no compiled graph stands in between."""
+    return encoder_stays_frozen(config) and not config.compute.compile
+
+
 def with_store(encoder: Encoder, config: RunConfig) -> Encoder:
     """The encoder, with the store of `--cache-dir` where there is one and the run never changes the encoder.
 
     Raises:
         TrainingError: the store cannot be opened.
     """
-    # A compiled graph cannot look pixels up.
-    if config.cache.cache_dir and encoder_stays_frozen(config) and not config.compute.compile:
+    if config.cache.cache_dir and uses_store(config):
         encoder.store = EmbeddingStore(Path(config.cache.cache_dir), weights_sha256(encoder.net))
     return encoder
 
