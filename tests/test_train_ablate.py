@@ -13,7 +13,7 @@ from PIL import Image
 from training import stopping_after, tiny_config, write_pictures
 
 import train.ablate
-import train.evaluate
+import train.evaluation_measures
 from train.ablate import main
 from train.config import Stage1Config, Stage2Config
 from train.errors import TrainingError
@@ -55,7 +55,9 @@ def trivial():
     """Stands in for the AUC of trivial features, which takes longer than training here; notes when it is asked."""
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.evaluate, "generator_aucs", lambda records: asked.append(len(records)) or {"halved": 0.5})
+        patch.setattr(
+            train.evaluation_measures, "generator_aucs", lambda records: asked.append(len(records)) or {"halved": 0.5}
+        )
         yield asked
 
 

@@ -291,7 +291,10 @@ def preset_config(preset: Preset) -> RunConfig:
         return _heads_on(ModelConfig(encoder_depths=(0, 1, 2, 3, 4)), preset)
     if preset == "server":
         clip = "vit_base_patch16_clip_quickgelu_224"
-        return _heads_on(ModelConfig(encoder=clip, encoder_weights="", encoder_depths=(5, 7, 9)), preset)
+        depths = (5, 7, 9)
+        return _heads_on(
+            ModelConfig(encoder=clip, encoder_weights="", encoder_depths=depths, classifier_input="both"), preset
+        )
     if preset == "paper":
         model = ModelConfig(encoder="resnet50", encoder_weights="")
         return RunConfig(preset="paper", model=model, workers=8)
@@ -310,7 +313,7 @@ def _heads_on(model: ModelConfig, preset: Preset) -> RunConfig:
     """Heads on several depths of a frozen encoder, with natural traces of small weight."""
     return RunConfig(
         preset=preset,
-        model=replace(model, classifier_input="both", standardize=True, head_width=512),
+        model=replace(model, standardize=True, head_width=512),
         # At the paper's 0.5 the traces' term alone separates the training pictures, and new fakes look like real ones.
         loss=LossConfig(eta=0.02),
         augment=AugmentConfig(flip=False),

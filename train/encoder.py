@@ -178,7 +178,7 @@ class Encoder(nn.Module):
 
     def pool(self, pixels: Tensor) -> Tensor:
         """What the network itself gives, (N, d), of normalised pixels (N, 3, H, W)."""
-        return torch.cat(self.parts(pixels), dim=1)
+        return _joined(self.parts(pixels))
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Embedding e = E(x), (N, d), of normalised pixels (N, 3, H, W); standardised where the run says so."""
@@ -226,10 +226,10 @@ class Encoder(nn.Module):
     def forward(self, pixels: Tensor) -> EncoderOutput:
         """Embedding, and one embedding for each cell of the last map, of normalised pixels (N, 3, H, W)."""
         features, maps = self.features(pixels)
+        pooled = _joined(self.pooled_parts(features, maps))
         cells = self._token_cells(features) if features.ndim == 3 else self._map_cells(features)
-        parts = [part.on_grid(cells.shape[1:3]) for part in maps]
-        pooled = torch.cat(self.pooled_parts(features, maps), dim=1)
-        return EncoderOutput(self.standardizer(pooled), self.standardizer(torch.cat((cells, *parts), dim=-1)))
+        cells = _joined([cells, *(part.on_grid(cells.shape[1:3]) for part in maps)])
+        return EncoderOutput(self.standardizer(pooled), self.standardizer(cells))
 
     def features(self, pixels: Tensor) -> tuple[Tensor, list[DepthOutput]]:
         """The last map (N, d, h, w) or tokens (N, tokens, d) of normalised pixels, and what the depths add."""
@@ -276,6 +276,11 @@ def _set_stem_strides_to_1(net: nn.Module, name: str) -> None:
         )
     for layer in strided:
         layer.stride = 1 if isinstance(layer, nn.MaxPool2d) else (1, 1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Parts side by side along their last axis; one alone leaves no trace in an exported graph."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def spatial_statistics(values: Tensor) -> Tensor:
