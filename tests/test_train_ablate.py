@@ -209,9 +209,9 @@ def test_test_pictures_are_evaluated_last_by_runs_that_are_trained_again_where_w
     before = evaluation(out, "full", 0)
     order, plain = [], train.ablate.evaluate_run
 
-    def noting(run, data, **named):
-        order.append((named["split"], run.parent.name))
-        return plain(run, data, **named)
+    def noting(run, data, config, **named):
+        order.append((config.split, run.parent.name))
+        return plain(run, data, config, **named)
 
     monkeypatch.setattr(train.ablate, "evaluate_run", noting)
     arguments = command(start, out, study / "methods.json", "--final", seeds=(0,))

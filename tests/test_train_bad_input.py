@@ -73,8 +73,8 @@ CASES = [
     ((TRAIN,), "noval", r"split 'val' of \S+noval: got .*splits there: train"),
     ((EVALUATE,), "noval", r"split 'test' of \S+noval: got .*splits there: train"),
     ((TRAIN,), "oneval", r"split 'val' of \S+oneval: got 4 pictures, all of them real"),
-    ((TRAIN,), "few", r"calibration: got 4 real images cannot resolve a rate of 0.01, 100 are needed for empirical thresholds, "
-     r"wanted .*: add validation pictures, or choose larger rates with --real-flagged-rate"),
+    ((TRAIN,), "few", r"calibration: got 4 real images cannot resolve a rate of 0.01, 100 are needed for empirical "
+     r"thresholds, wanted .*: add validation pictures, or choose larger rates with --real-flagged-rate"),
 ]  # fmt: skip
 
 
