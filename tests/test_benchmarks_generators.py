@@ -104,6 +104,7 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
         "chosen": "ntf",
         "best_control": "no-scl",
         "best_of_all": "probe",
+        "seeds": [0],
         "environment": where,
     }
     text = document(
