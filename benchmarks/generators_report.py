@@ -25,7 +25,7 @@ JPEG quality for all; training has Stable Diffusion 1.x, StyleGAN faces and Cycl
 pictures are not in this repository.
 
 **How a variant is chosen.** Each is trained without one generator at a time and scores that generator's pictures, which
-are then those of an unseen one; the tables say with which seeds. The chosen one has the largest mean AP over the held-out generators.
+are then those of an unseen one; the tables say with which seeds. The chosen one has the largest mean AP over them.
 Variants without the natural traces (eta = 0), without the contrastive loss (no-scl) or without the heads are controls:
 what they reach is not the method's. The test split is evaluated once, for the baselines, the paper's method, the chosen
 variant and the best control."""
@@ -59,7 +59,8 @@ def _choice(choice: Mapping[str, Any]) -> str:
     table = markdown_table(("variant", "options", *(f"{name} held out" for name in held_out), "mean AP"), rows)
     table += f"\n\n{TUNED}: {', '.join(f'{name} = {json.dumps(value)}' for name, value in common.items())}."
     text = (
-        f"Seeds: {', '.join(map(str, choice['seeds']))}. Chosen for the test: **{choice['chosen']}**, the best variant of the method; and "
+        f"Seeds: {', '.join(map(str, choice['seeds']))}. "
+        f"Chosen for the test: **{choice['chosen']}**, the best variant of the method; and "
         f"**{choice['best_control']}**, the best of those without a part of it."
     )
     if choice["best_of_all"] != choice["chosen"]:
