@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from rich.progress import Progress
+from typing import TYPE_CHECKING, Any, Literal
 
 from export.errors import ExportError
 from runtime.errors import BackendError
 from runtime.manifest import INPUT_NAME, OUTPUTS, ProfileSpec
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 INSTALL = 'pip install "ntf-toolkit[rtx]" (builds without a GPU) or "ntf-toolkit[trt]" from NVIDIA\'s index'
 PORTABLE = "portable"

@@ -14,7 +14,8 @@ from exported import EXPORT_OPTIONS, finished_run, fp32_graph, full_bundle, pict
 import export.graphs
 from export.bundling import golden_images
 from export.graph import copy_of, model_bytes
-from export.trt import Options, asked_precisions, main
+from export.trt import main
+from export.trt_options import Options, asked_precisions
 from runtime import Detector
 from runtime.bundle import open_bundle
 from runtime.manifest import OUTPUTS, PRECISIONS, ProfileSpec
@@ -147,7 +148,7 @@ def test_a_failed_export_leaves_the_old_bundle_whole_and_nothing_beside_it(bundl
 
         raise ExportError("engine", got="nothing", wanted="an engine", remedy="try again")
 
-    monkeypatch.setattr("export.trt.golden_content", fail)
+    monkeypatch.setattr("export.run_export.golden_content", fail)
     assert run_main(bundle, "--fp32", "--no-engine") == 1
     assert "error: engine: got nothing" in capsys.readouterr().err
     assert files(bundle) == before

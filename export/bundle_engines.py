@@ -1,0 +1,76 @@
+"""Engines for a bundle that is there already, built from its ONNX graphs where they will run.
+
+Nothing but numpy and TensorRT is imported: no torch, no onnx, and no pictures are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from export.bundling import sorted_artifacts, write_bundle
+from export.engine import find_tensorrt
+from export.engine_artifacts import built_artifact, engine_line, engine_source
+from export.errors import ExportError
+from export.trt_options import Options, asked_precisions
+from runtime.bundle import Bundle, open_bundle
+from runtime.manifest import Precision, ProfileSpec
+
+
+def build_bundle_engines(options: Options) -> Bundle:
+    """The bundle that --model names, with an engine for each asked precision; other files stay as they are.
+
+    Raises:
+        NTFError: whatever was wrong, in a full sentence; the bundle stands as it was.
+    """
+    _refuse_export_options(options)
+    assert options.model is not None
+    profile = ProfileSpec(options.min_batch, options.opt_batch, options.max_batch)
+    bundle = _open_folder(options.model)
+    precisions = _precisions(options, bundle)
+    sources = [engine_source(bundle.manifest, precision) for precision in precisions]
+    tensorrt = find_tensorrt()
+    print(f"building engines of {bundle.location} with {tensorrt.builder}: {', '.join(precisions)}")
+    artifacts = {artifact.file: artifact for artifact in bundle.manifest.artifacts}
+    files = {spec.file: bundle.read(spec) for spec in bundle.manifest.files()}
+    for source in sources:
+        artifact, engine = built_artifact(source, files[source.file], profile, tensorrt)
+        print(engine_line(artifact, engine))
+        artifacts[artifact.file] = artifact
+        files[artifact.file] = engine.content
+    manifest = replace(bundle.manifest, artifacts=sorted_artifacts(artifacts.values()))
+    written = write_bundle(bundle.location, manifest, files)
+    print(f"model bundle: {written.location}")
+    return written
+
+
+def _precisions(options: Options, bundle: Bundle) -> list[Precision]:
+    """The asked precisions, or all that the bundle has graphs of where none was asked for."""
+    asked = asked_precisions(options)
+    if options.fp32 or options.fp16 or options.int8:
+        return asked
+    return [precision for precision in asked if bundle.manifest.onnx_artifact(precision) is not None]
+
+
+def _refuse_export_options(options: Options) -> None:
+    names = ("data", "engine", "int8_remainder", "calibration_pictures")
+    given = [name for name in names if getattr(options, name) != getattr(Options(), name)]
+    if given:
+        raise ExportError(
+            f"--model {options.model}",
+            got=f"{given[0]} of an export, for a bundle that is there already",
+            wanted="options of engines only",
+            remedy="add --run RUN to export it again, or leave that option out",
+        )
+
+
+def _open_folder(path: Path) -> Bundle:
+    bundle = open_bundle(path)
+    if bundle.inside is not None:
+        raise ExportError(
+            f"--model {path}",
+            got="a .zip, which is not written into",
+            wanted="a bundle folder",
+            remedy="unpack it, and build the engines in the folder",
+        )
+    return bundle

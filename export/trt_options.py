@@ -1,0 +1,95 @@
+"""Options of `python -m export.trt` and how they are read; needs the standard library alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from runtime.manifest import Precision
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `python -m export.trt` is asked for; see its --help for what each one means."""
+
+    int8: bool = False
+    fp16: bool = False
+    fp32: bool = False
+    run: Path | None = None
+    model: Path | None = None
+    data: Path | None = None
+    engine: bool = True
+    int8_remainder: Literal["fp32", "fp16"] = "fp32"
+    calibration_pictures: int | None = None
+    min_batch: int = 1
+    opt_batch: int = 8
+    max_batch: int = 64
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """Options of a command line; a wrong one ends the program with status 2 and a message.
+
+    Args:
+        arguments: without the program's name; None takes them from the command line.
+    """
+    # What is not given keeps the default that `Options` states.
+    parser = argparse.ArgumentParser(
+        prog="python -m export.trt",
+        description="Export a run to ONNX and TensorRT, or build engines from the ONNX graphs of a bundle.",
+        epilog="With --run, without --model, or where --model is no bundle yet, a run is exported. Otherwise engines"
+        " are built into the bundle, which needs numpy and TensorRT alone.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    _add_choice(parser)
+    _add_export(parser.add_argument_group("exporting a run"))
+    _add_engine(parser.add_argument_group("engines"))
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def asked_precisions(options: Options) -> list[Precision]:
+    """The precisions that were asked for, widest first; all of them when none was."""
+    asked: dict[Precision, bool] = {"fp32": options.fp32, "fp16": options.fp16, "int8": options.int8}
+    return [name for name, wanted in asked.items() if wanted or not any(asked.values())]
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--int8", action="store_true", help="INT8 with Q/DQ nodes; no precision asked means all")
+    parser.add_argument("--fp16", action="store_true", help="FP16; the L2 norms and what follows them stay FP32")
+    parser.add_argument("--fp32", action="store_true", help="FP32; an export writes its graph in any case")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="bundle folder; default: models/<name of the run>")
+
+
+def _add_export(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--run", type=Path, metavar="DIR", help="run folder; default: the newest in runs/")
+    group.add_argument(
+        "--data", type=Path, metavar="PATH", help="folder or CSV whose val split is used instead of the run's own"
+    )
+    group.add_argument(
+        "--engine",
+        action=argparse.BooleanOptionalAction,
+        help="build TensorRT engines (default); --no-engine stops after the ONNX graphs",
+    )
+    group.add_argument(
+        "--int8-remainder",
+        choices=("fp32", "fp16"),
+        help="between INT8 layers: fp32 keeps onnxruntime's integer kernels on a CPU, fp16 is for GPUs only"
+        f" ({Options.int8_remainder})",
+    )
+    group.add_argument(
+        "--calibration-pictures",
+        type=int,
+        metavar="N",
+        help="largest number of validation pictures that INT8 ranges are measured on",
+    )
+
+
+def _add_engine(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--min-batch", type=int, metavar="N", help=f"smallest batch ({Options.min_batch})")
+    group.add_argument(
+        "--opt-batch", type=int, metavar="N", help=f"batch that an engine is optimised for ({Options.opt_batch})"
+    )
+    group.add_argument("--max-batch", type=int, metavar="N", help=f"largest batch ({Options.max_batch})")
