@@ -5,14 +5,16 @@ Nothing but numpy and TensorRT is imported: no torch, no onnx, and no pictures a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from export.bundling import sorted_artifacts, write_bundle
-from export.engine import find_tensorrt
-from export.engine_artifacts import built_artifact, engine_line, engine_source
+from export.engine_artifacts import EngineArtifact, build_engines, engine_source
+from export.engine_flavours import find_tensorrt
+from export.engine_progress import build_display
 from export.errors import ExportError
-from export.trt_options import Options, asked_precisions
+from export.trt_options import Options, asked_precisions, engine_settings
 from runtime.bundle import Bundle, open_bundle
 from runtime.manifest import Precision, ProfileSpec
 
@@ -22,6 +24,7 @@ def build_bundle_engines(options: Options) -> Bundle:
 
     Raises:
         NTFError: whatever was wrong, in a full sentence; the bundle stands as it was.
+        KeyboardInterrupt: Ctrl-C stopped a build; the bundle stands as it was.
     """
     _refuse_export_options(options)
     assert options.model is not None
@@ -30,18 +33,24 @@ def build_bundle_engines(options: Options) -> Bundle:
     precisions = _precisions(options, bundle)
     sources = [engine_source(bundle.manifest, precision) for precision in precisions]
     tensorrt = find_tensorrt()
-    print(f"building engines of {bundle.location} with {tensorrt.builder}: {', '.join(precisions)}")
+    with build_display() as display:
+        display.say(f"engines of {bundle.location} with {tensorrt.builder}: {', '.join(precisions)}")
+        engines = build_engines(
+            sources, bundle.read, profile, engine_settings(options), tensorrt=tensorrt, old=bundle, display=display
+        )
+    if not all(engine.cached for engine in engines):
+        bundle = _with_engines(bundle, engines)
+    print(f"model bundle: {bundle.location}")
+    return bundle
+
+
+def _with_engines(bundle: Bundle, engines: Sequence[EngineArtifact]) -> Bundle:
     artifacts = {artifact.file: artifact for artifact in bundle.manifest.artifacts}
+    artifacts |= {engine.spec.file: engine.spec for engine in engines}
     files = {spec.file: bundle.read(spec) for spec in bundle.manifest.files()}
-    for source in sources:
-        artifact, engine = built_artifact(source, files[source.file], profile, tensorrt)
-        print(engine_line(artifact, engine))
-        artifacts[artifact.file] = artifact
-        files[artifact.file] = engine.content
+    files |= {engine.spec.file: engine.content for engine in engines}
     manifest = replace(bundle.manifest, artifacts=sorted_artifacts(artifacts.values()))
-    written = write_bundle(bundle.location, manifest, files)
-    print(f"model bundle: {written.location}")
-    return written
+    return write_bundle(bundle.location, manifest, files)
 
 
 def _precisions(options: Options, bundle: Bundle) -> list[Precision]:

@@ -125,8 +125,23 @@ def write_bundle(folder: Path, manifest: ModelManifest, files: Mapping[str, byte
         files: content of every file the manifest lists.
 
     Raises:
+        ExportError: the disk is full, or the folder cannot be written; the old bundle stands as it was.
         BundleError: what was written cannot be read back; the old bundle stands as it was.
     """
+    try:
+        _write_beside(folder, manifest, files)
+    except OSError as error:
+        size = sum(len(content) for content in files.values())
+        raise ExportError(
+            f"bundle {folder}",
+            got=f"{error.strerror or error} while it was written",
+            wanted=f"a folder beside it that takes {size / 1e6:.1f} MB",
+            remedy="free space or change the permissions, and run the command again; an older bundle stands as it was",
+        ) from error
+    return open_bundle(folder)
+
+
+def _write_beside(folder: Path, manifest: ModelManifest, files: Mapping[str, bytes]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -138,7 +153,6 @@ def write_bundle(folder: Path, manifest: ModelManifest, files: Mapping[str, byte
         _swap(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return open_bundle(folder)
 
 
 def sorted_artifacts(artifacts: Iterable[ArtifactSpec]) -> tuple[ArtifactSpec, ...]:

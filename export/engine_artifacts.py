@@ -1,17 +1,30 @@
-"""From the ONNX graphs that a manifest names to engines as artifacts of the same bundle."""
+"""From the ONNX graphs that a manifest names to engines as artifacts of the same bundle, built once."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from export.bundling import engine_file
-from export.engine import BuiltEngine, TensorRT, engine_from_onnx
+from export.engine import BuiltEngine, EngineSettings, check_settings, engine_from_onnx
+from export.engine_flavours import TensorRT
+from export.engine_plan import count_layers
+from export.engine_progress import Display
+from export.engine_targets import Target, resolve_target
 from export.errors import ExportError
-from runtime.manifest import ArtifactSpec, ModelManifest, Precision, ProfileSpec
+from runtime.bundle import Bundle
+from runtime.manifest import ArtifactSpec, EngineSpec, ModelManifest, Precision, ProfileSpec
+from runtime.strict_json import canonical_json
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+
+@dataclass(frozen=True)
+class EngineArtifact:
+    """An engine as a bundle holds it, and whether it was there already."""
+
+    spec: ArtifactSpec
+    content: bytes
+    cached: bool
 
 
 def engine_source(manifest: ModelManifest, precision: Precision) -> ArtifactSpec:
@@ -31,25 +44,90 @@ def engine_source(manifest: ModelManifest, precision: Precision) -> ArtifactSpec
     return source
 
 
-def built_artifact(
-    source: ArtifactSpec, model: bytes, profile: ProfileSpec, tensorrt: TensorRT, progress: Progress | None = None
-) -> tuple[ArtifactSpec, BuiltEngine]:
-    """An engine, and what the manifest says of it; its parity is empty, because it was not run.
+def build_engines(
+    sources: Iterable[ArtifactSpec],
+    read: Callable[[ArtifactSpec], bytes],
+    profile: ProfileSpec,
+    settings: EngineSettings,
+    *,
+    tensorrt: TensorRT,
+    old: Bundle | None,
+    display: Display,
+) -> list[EngineArtifact]:
+    """An engine for each source; one that an earlier build left with the same key is taken as it is.
 
     Args:
-        source: the artifact of the ONNX graph.
-        model: content of that graph.
-        profile: batches of the engine.
-        tensorrt: builds it.
-        progress: shows the build's phases.
+        sources: artifacts of ONNX graphs.
+        read: gives the content of one.
+        profile: batches of the engines.
+        settings: how they are built.
+        tensorrt: builds them.
+        old: a sound bundle whose engines may be taken; None where there is none.
+        display: shows what happens.
 
     Raises:
-        ExportError: the engine does not build.
+        ExportError: an engine does not build, or this TensorRT lacks a setting.
+        KeyboardInterrupt: Ctrl-C stopped a build.
     """
-    label = f"{source.precision} engine"
-    engine = engine_from_onnx(model, profile, tensorrt=tensorrt, label=label, progress=progress)
-    artifact = ArtifactSpec(
-        file=engine_file(source.precision, engine.flavour, engine.target),
+    check_settings(tensorrt, settings)
+    target = resolve_target(tensorrt, settings.target, hardware_compatible=settings.hardware_compatible)
+    if target.note:
+        display.say(f"note: {target.note}")
+    engines = []
+    for source in sources:
+        key = cache_key(source.sha256, profile, target, settings, tensorrt)
+        found = _cached(old, key)
+        if found is not None:
+            display.say(f"{source.precision} engine is already built: {found.spec.file}")
+        else:
+            label = f"{source.precision} engine"
+            engine = engine_from_onnx(
+                read(source), profile, tensorrt=tensorrt, label=label, settings=settings, display=display
+            )
+            found = EngineArtifact(_engine_artifact(source, engine, settings, key), engine.content, cached=False)
+            display.say(_engine_line(found.spec, engine))
+        engines.append(found)
+    return engines
+
+
+def cache_key(
+    source_sha256: str, profile: ProfileSpec, target: Target, settings: EngineSettings, tensorrt: TensorRT
+) -> str:
+    """SHA-256 of everything that an engine depends on; engines of one key may differ in bytes, not in what they do.
+
+    Args:
+        source_sha256: of the ONNX graph.
+        profile: batches.
+        target: what it is built for.
+        settings: of the build; a timing cache changes the time that it takes, so it is left out.
+        tensorrt: the builder.
+    """
+    facts = {
+        "source_sha256": source_sha256,
+        "batches": [profile.min_batch, profile.opt_batch, profile.max_batch],
+        "targets": list(target.capabilities),
+        "gpu": target.gpu,
+        "workspace_mib": settings.workspace_mib,
+        "version_compatible": settings.version_compatible,
+        "hardware_compatible": settings.hardware_compatible,
+        "builder": tensorrt.builder,
+    }
+    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+
+
+def _cached(old: Bundle | None, key: str) -> EngineArtifact | None:
+    if old is None:
+        return None
+    for artifact in old.manifest.artifacts:
+        if artifact.engine is not None and artifact.engine.cache_key == key:
+            return EngineArtifact(artifact, old.read(artifact), cached=True)
+    return None
+
+
+def _engine_artifact(source: ArtifactSpec, engine: BuiltEngine, settings: EngineSettings, key: str) -> ArtifactSpec:
+    """What the manifest says of an engine; its parity is empty, because it was not run."""
+    return ArtifactSpec(
+        file=engine_file(source.precision, engine.flavour, engine.target.name),
         format="engine",
         precision=source.precision,
         sha256=hashlib.sha256(engine.content).hexdigest(),
@@ -57,19 +135,26 @@ def built_artifact(
         opset=None,
         profile=engine.profile,
         flavour=engine.flavour,
-        targets=engine.targets,
+        targets=engine.target.capabilities,
         builder=engine.builder,
-        versions={"onnx_sha256": source.sha256},
+        versions={},
         higher_precision_layers=source.higher_precision_layers,
         parity=(),
+        engine=EngineSpec(
+            source=source.file,
+            source_sha256=source.sha256,
+            cache_key=key,
+            gpu=engine.target.gpu,
+            workspace_mib=settings.workspace_mib,
+            version_compatible=settings.version_compatible,
+            hardware_compatible=settings.hardware_compatible,
+            layers=count_layers(engine.layers),
+        ),
     )
-    return artifact, engine
 
 
-def engine_line(artifact: ArtifactSpec, engine: BuiltEngine) -> str:
-    """What was built, in a line."""
-    targets = ", ".join(engine.targets) or "this GPU"
+def _engine_line(artifact: ArtifactSpec, engine: BuiltEngine) -> str:
     return (
         f"{artifact.precision} engine by {engine.builder} in {engine.build_seconds:.1f} s:"
-        f" {len(engine.layers)} layers, {artifact.size_bytes / 1e6:.1f} MB, for {targets}"
+        f" {len(engine.layers)} layers, {artifact.size_bytes / 1e6:.1f} MB, for {', '.join(artifact.targets)}"
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import track
 
 from export.bundling import (
     GOLDEN_FILE,
@@ -24,8 +24,11 @@ from export.bundling import (
     write_bundle,
 )
 from export.calibration import PICTURE_LIMIT, PreparedPictures, calibration_pictures
-from export.engine import find_tensorrt
-from export.engine_artifacts import built_artifact, engine_line, engine_source
+from export.engine import EngineSettings, check_settings
+from export.engine_artifacts import build_engines, engine_source
+from export.engine_flavours import TensorRT, find_tensorrt
+from export.engine_progress import build_display
+from export.engine_targets import resolve_target
 from export.errors import ExportError
 from export.graphs import PrecisionGraph, make_graphs
 from export.parity import (
@@ -40,7 +43,7 @@ from export.parity import (
 )
 from export.report import parity_table
 from export.run_inputs import RunInputs, load_run
-from export.trt_options import Options, asked_precisions
+from export.trt_options import Options, asked_precisions, engine_settings
 from runtime.backends import Backend
 from runtime.bundle import Bundle
 from runtime.errors import BackendError
@@ -76,6 +79,7 @@ def export_run(options: Options) -> Bundle:
     folder = options.model or MODELS / run.resolve().name
     console = Console(markup=False, soft_wrap=True)  # "[rtx]" and file names are not markup
     console.print(f"exporting {run} to {folder}: {', '.join(precisions)}")
+    tensorrt = installed_tensorrt(engine_settings(options), console) if options.engine else None
     inputs = load_run(run, data=options.data)
     old = existing_bundle(folder, inputs.checkpoint_sha256)
 
@@ -100,39 +104,37 @@ def export_run(options: Options) -> Bundle:
         files[artifacts[-1].file] = graph.content
     files[GOLDEN_FILE] = golden
     manifest = replace(draft, calibration=calibration, artifacts=tuple(artifacts), golden=golden_spec(golden))
-    if options.engine:
-        for artifact, content in build_engines(manifest, files, precisions, profile, console):
-            artifacts.append(artifact)
-            files[artifact.file] = content
+    if tensorrt is not None:
+        sources = [engine_source(manifest, precision) for precision in precisions]
+        with build_display(console) as display:
+            engines = build_engines(
+                sources, lambda source: files[source.file], profile, engine_settings(options),
+                tensorrt=tensorrt, old=old, display=display,
+            )  # fmt: skip
+        artifacts += [engine.spec for engine in engines]
+        files |= {engine.spec.file: engine.content for engine in engines}
     manifest = replace(manifest, artifacts=sorted_artifacts(artifacts))
     bundle = write_bundle(folder, manifest, files)
     report(console, bundle)
     return bundle
 
 
-def build_engines(
-    manifest: ModelManifest,
-    files: Mapping[str, bytes],
-    precisions: Sequence[Precision],
-    profile: ProfileSpec,
-    console: Console,
-) -> list[tuple[ArtifactSpec, bytes]]:
-    """An engine for each asked precision; none where TensorRT is missing, which is said."""
+def installed_tensorrt(settings: EngineSettings, console: Console) -> TensorRT | None:
+    """The TensorRT that will build engines, asked before the long work begins; None where it is missing, which is said.
+
+    Raises:
+        ExportError: it lacks a setting, or the target.
+    """
     try:
         tensorrt = find_tensorrt()
     except BackendError as error:
         console.print(
             f"no engines: TensorRT is not installed; the ONNX graphs are complete without it.\n  {error.remedy}"
         )
-        return []
-    engines = []
-    with Progress(console=console) as progress:
-        for precision in precisions:
-            source = engine_source(manifest, precision)
-            artifact, engine = built_artifact(source, files[source.file], profile, tensorrt, progress)
-            console.print(engine_line(artifact, engine))
-            engines.append((artifact, engine.content))
-    return engines
+        return None
+    check_settings(tensorrt, settings)
+    resolve_target(tensorrt, settings.target, hardware_compatible=settings.hardware_compatible)
+    return tensorrt
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""Options of `python -m export.trt` and how they are read; needs the standard library alone."""
+"""Options of `python -m export.trt` and how they are read; needs no package but numpy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from export.engine import EngineSettings
 from runtime.manifest import Precision
 
 
@@ -27,6 +28,11 @@ class Options:
     min_batch: int = 1
     opt_batch: int = 8
     max_batch: int = 64
+    target: str | None = None
+    workspace_mib: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
@@ -54,6 +60,17 @@ def asked_precisions(options: Options) -> list[Precision]:
     """The precisions that were asked for, widest first; all of them when none was."""
     asked: dict[Precision, bool] = {"fp32": options.fp32, "fp16": options.fp16, "int8": options.int8}
     return [name for name, wanted in asked.items() if wanted or not any(asked.values())]
+
+
+def engine_settings(options: Options) -> EngineSettings:
+    """How engines are built."""
+    return EngineSettings(
+        target=options.target,
+        workspace_mib=options.workspace_mib,
+        timing_cache=options.timing_cache,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+    )
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
@@ -93,3 +110,17 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         "--opt-batch", type=int, metavar="N", help=f"batch that an engine is optimised for ({Options.opt_batch})"
     )
     group.add_argument("--max-batch", type=int, metavar="N", help=f"largest batch ({Options.max_batch})")
+    group.add_argument(
+        "--target",
+        metavar="GPUS",
+        help="compute capabilities (sm80,sm89), portable or this-gpu; default: this GPU, portable where there is none."
+        " What each TensorRT can build for stands in docs/deploy.md",
+    )
+    group.add_argument(
+        "--workspace-mib", type=int, metavar="N", help="largest memory that a layer may use beside its tensors, in MiB"
+    )
+    group.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="keep measured kernel times here: later builds take less long"
+    )
+    group.add_argument("--version-compatible", action="store_true", help="newer TensorRT runs the engine too")
+    group.add_argument("--hardware-compatible", action="store_true", help="Ampere and every newer GPU run the engine")

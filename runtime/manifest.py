@@ -29,6 +29,8 @@ PRECISIONS = ("fp32", "fp16", "int8")
 LABELS = ("real", "fake")
 INPUT_NAME = "images"
 OUTPUTS = ("logits", "trace_similarity", "embeddings", "evidence")
+# Target of an engine that runs on every GPU from compute capability 8.0 on.
+AMPERE_PLUS = "ampere-plus"
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 ThresholdRule: TypeAlias = Literal["empirical", "conformal"]
@@ -131,6 +133,31 @@ class ParitySpec:
 
 
 @dataclass(frozen=True)
+class EngineSpec:
+    """How an engine was built, as far as `ArtifactSpec` does not say it.
+
+    Args:
+        source: file name of the ONNX graph it was built from.
+        source_sha256: of that graph.
+        cache_key: SHA-256 of the graph, the options and the builder; an engine with this key need not be built again.
+        gpu: name of the GPU it was built on; None where the build used none.
+        workspace_mib: limit of the memory that a layer may use beside its tensors, in MiB; None without a limit.
+        version_compatible: whether newer versions of TensorRT run it.
+        hardware_compatible: whether it runs on newer GPUs than the one it was built on.
+        layers: how many layers there are of each kind and data types, for example {"correlation Half": 15}.
+    """
+
+    source: str
+    source_sha256: str
+    cache_key: str
+    gpu: str | None
+    workspace_mib: int | None
+    version_compatible: bool
+    hardware_compatible: bool
+    layers: dict[str, int]
+
+
+@dataclass(frozen=True)
 class ArtifactSpec:
     """One model file of a bundle: an ONNX graph or an engine.
 
@@ -148,6 +175,7 @@ class ArtifactSpec:
         versions: further packages that shaped the file, with their versions.
         higher_precision_layers: nodes kept above `precision`, each with the reason.
         parity: comparisons made with this very file.
+        engine: how an engine was built; None for an ONNX graph.
     """
 
     file: str
@@ -163,6 +191,7 @@ class ArtifactSpec:
     versions: dict[str, str]
     higher_precision_layers: dict[str, str]
     parity: tuple[ParitySpec, ...]
+    engine: EngineSpec | None = field(default=None, metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def test_an_engine_is_built_from_a_bundle_where_nothing_but_numpy_and_tensorrt_i
     manifest = open_bundle(tiny_bundle).manifest
     (engine,) = [artifact for artifact in manifest.artifacts if artifact.format == "engine"]
     assert (engine.precision, engine.flavour, engine.file) == ("fp32", "rtx", "model.fp32.rtx-portable.engine")
-    assert engine.versions["onnx_sha256"] == manifest.onnx_artifact("fp32").sha256
+    assert engine.engine.source_sha256 == manifest.onnx_artifact("fp32").sha256
     after = {path.name: path.read_bytes() for path in tiny_bundle.iterdir()}
     assert after.keys() - before.keys() == {engine.file}
     assert all(after[name] == before[name] for name in before if name != "manifest.json")

@@ -65,7 +65,7 @@ def test_the_bundle_holds_a_graph_and_an_engine_of_each_precision():
         assert engine.profile == ProfileSpec(1, 2, 4)
         assert len(engine.targets) > 1
         onnx = found[f"model.{engine.precision}.onnx"]
-        assert engine.versions["onnx_sha256"] == onnx.sha256
+        assert (engine.engine.source, engine.engine.source_sha256) == (onnx.file, onnx.sha256)
 
 
 def test_every_graph_passed_its_comparison_on_every_backend_and_names_its_wider_layers():
