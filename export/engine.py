@@ -194,5 +194,5 @@ def _timing_error(path: Path, got: str, wanted: str, remedy: str) -> ExportError
 
 
 def _refusal(label: str, got: str, wanted: str) -> ExportError:
-    remedy = "check the graph with onnx.checker; the ONNX files themselves are usable with --no-engine"
+    remedy = "check the graph with onnx.checker; without an engine the ONNX files are usable still"
     return ExportError(f"TensorRT engine {label}", got=got, wanted=wanted, remedy=remedy)

@@ -65,7 +65,7 @@ class RichDisplay:
 
     def say(self, text: str) -> None:
         """Shows a line on standard output."""
-        self._progress.console.print(text, markup=False, soft_wrap=True)
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def phase_started(self, phase: str, steps: int) -> None:
         """A phase of so many steps begins."""
@@ -120,21 +120,25 @@ def run_stoppable(build: Callable[[], T], monitor: Any) -> T:
     """
     results: list[T] = []
     errors: list[BaseException] = []
+    ended = threading.Event()
 
     def run() -> None:
         try:
             results.append(build())
         except BaseException as error:  # raised again below, in the caller's thread
             errors.append(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=run, name="engine-build", daemon=True)
-    thread.start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        thread.start()
+        while not ended.wait(0.2):
+            pass
     except KeyboardInterrupt:
         monitor.stop()
-        thread.join()
+        if thread.ident is not None:
+            ended.wait()
         raise
     if errors:
         raise errors[0]

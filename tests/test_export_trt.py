@@ -124,6 +124,21 @@ def test_asking_for_one_precision_keeps_the_others_as_they_are(bundle, quick):
     assert {a.precision for a in artifacts(bundle).values()} == set(PRECISIONS)
 
 
+def test_an_engine_of_the_same_graph_and_options_is_not_built_again(bundle, quick, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    before = {name: content for name, content in files(bundle).items() if name.endswith(".engine")}
+    assert run_main(bundle, "--fp32") == 0
+    assert "fp32 engine is already built: model.fp32.rtx-portable.engine" in capsys.readouterr().out
+    assert {name: content for name, content in files(bundle).items() if name.endswith(".engine")} == before
+
+
+def test_a_target_that_cannot_be_built_for_is_refused_before_the_graphs_are_made(tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    assert run_main(tmp_path / "tiny", "--fp32", "--target", "sm100") == 1
+    assert "use tensorrt on a GPU of sm100" in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()
+
+
 def test_a_bundle_of_another_checkpoint_is_replaced_as_a_whole(bundle, quick, monkeypatch):
     monkeypatch.setattr("export.run_inputs.sha256_of", lambda path: "a" * 64)
     assert run_main(bundle, "--fp32", "--no-engine") == 0
