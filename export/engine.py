@@ -169,10 +169,12 @@ def _apply(trt: Any, config: Any, settings: EngineSettings) -> None:
 
 
 def _use_timings(config: Any, path: Path) -> None:
+    if not path.parent.is_dir():  # said now, and not after the build
+        raise _timing_error(path, f"no folder {path.parent}", "a file in a folder that is there", "make the folder")
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise _timing_error(path, str(error), "a readable file", "check the path") from error
+        raise _timing_error(path, str(error.strerror), "a readable file", "check the path") from error
     cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, False):
         got = "a cache that TensorRT refuses: it is damaged, or of another version or GPU"
@@ -186,7 +188,9 @@ def _keep_timings(config: Any, path: Path) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _timing_error(path, str(error), "a place to write to", "check the folder and its free space") from error
+        raise _timing_error(
+            path, str(error.strerror), "a place to write to", "check its permissions and the free space"
+        ) from error
 
 
 def _timing_error(path: Path, got: str, wanted: str, remedy: str) -> ExportError:

@@ -190,7 +190,10 @@ def test_a_profile_and_a_target_that_make_no_sense_are_refused_before_anything_i
     assert "got 8/2/4, wanted 1 <= min_batch <= opt_batch <= max_batch" in capsys.readouterr().err
     assert main(command(tiny_bundle, "--target", "sm87")) == 1
     assert "sm87 is a Jetson" in capsys.readouterr().err
-    assert main(command(tiny_bundle, "--timing-cache", "times")) == 1
+
+
+def test_an_option_that_tensorrt_lacks_is_refused_for_an_engine_that_is_there_as_well(with_engine, capsys):
+    assert main(command(with_engine, "--timing-cache", "times")) == 1
     assert "its timing cache does nothing" in capsys.readouterr().err
 
 

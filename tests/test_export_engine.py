@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 from exported import graphs
@@ -116,15 +118,21 @@ def test_residual_adds_of_an_fp16_engine_are_part_of_the_convolution_in_front_of
     ids=["empty", "garbage", "truncated", "outputs", "rank", "batch", "flat", "operator"],
 )
 def test_a_file_that_is_no_graph_of_the_contract_is_refused_with_the_reason(tensorrt, content, reason):
-    with pytest.raises(ExportError, match=f"TensorRT engine demo: .*{reason}"):
+    with pytest.raises(ExportError, match=f"TensorRT engine demo: .*{reason}") as error:
         engine_from_onnx(content(), PROFILE, tensorrt=tensorrt, label="demo")
+    assert "cudaError" not in str(error.value)
 
 
 def test_a_build_that_fails_is_an_error_with_tensorrts_own_reason(tensorrt):
     tight = EngineSettings(target="sm89", workspace_mib=1)
-    with pytest.raises(ExportError, match=r"TensorRT engine demo: got .*no tactics .* within workspace limit") as error:
+    with pytest.raises(ExportError, match=r"TensorRT engine demo: got .*no tactics .* within workspace limit"):
         engine_from_onnx(graph_bytes(), PROFILE, tensorrt=tensorrt, label="demo", settings=tight)
-    assert "cudaError" not in str(error.value)
+
+
+def test_a_setting_that_the_builder_lacks_is_refused_before_it_is_tried(tensorrt):
+    compatible = EngineSettings(target="sm89", version_compatible=True)
+    with pytest.raises(ExportError, match=r"--version-compatible: got tensorrt_rtx .*its engines fit one release only"):
+        engine_from_onnx(graph_bytes(), PROFILE, tensorrt=tensorrt, label="demo", settings=compatible)
 
 
 def test_a_profile_whose_smallest_batch_is_above_its_largest_is_refused():
@@ -188,8 +196,18 @@ def test_a_timing_cache_that_tensorrt_refuses_is_an_error_and_stands_as_it_was(f
     assert "damaged, or of another version or GPU" in error.value.got
     with pytest.raises(ExportError, match=r"Is a directory, wanted a readable file"):
         built(fake, timing_cache=tmp_path)
-    with pytest.raises(ExportError, match=r"wanted a place to write to"):
+    with pytest.raises(ExportError, match=r"got no folder .*none, wanted a file in a folder that is there"):
         built(fake, timing_cache=tmp_path / "none" / "times")
+
+
+def test_timings_that_cannot_be_written_are_an_error_and_leave_nothing_behind(fake, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(ExportError, match=r"got No space left on device, wanted a place to write to"):
+        built(fake, timing_cache=tmp_path / "times")
+    assert not list(tmp_path.iterdir())
 
 
 def _behind_casts(makers, name):
