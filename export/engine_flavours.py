@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from export.errors import ExportError
 from runtime.errors import BackendError
 
 INSTALL = 'pip install "ntf-toolkit[rtx]" (builds without a GPU) or "ntf-toolkit[trt]" from NVIDIA\'s index'
@@ -87,7 +88,8 @@ def find_tensorrt() -> TensorRT:
     """The first of `tensorrt`, `tensorrt_rtx` that imports.
 
     Raises:
-        BackendError: neither does, and the message says what to install; or its version is in no row of the table.
+        BackendError: neither does; the message says what to install.
+        ExportError: its version is in no row of the table.
     """
     reasons = []
     for name in dict.fromkeys(flavour.module for flavour in FLAVOURS):
@@ -110,16 +112,16 @@ def flavour_of(module: str, version: str) -> Flavour:
     """The row of a module and its version.
 
     Raises:
-        BackendError: there is none.
+        ExportError: there is none.
     """
     for flavour in FLAVOURS:
         if flavour.module == module and version.partition(".")[0] == str(flavour.major):
             return flavour
-    raise BackendError(
+    raise ExportError(
         module,
-        got=f"version {version}",
+        got=f"version {version}, of which is not known what it has",
         wanted=f"one of {', '.join(flavour.name for flavour in FLAVOURS)}",
-        remedy="install one of these; what another version has is not known here",
+        remedy="install one of these; a run can be exported without engines (--no-engine)",
     )
 
 

@@ -64,7 +64,8 @@ def set_capabilities(tensorrt: TensorRT, config: Any, target: Target) -> None:
 def _trt_target(tensorrt: TensorRT, asked: Sequence[str] | None, *, hardware_compatible: bool) -> Target:
     here = cuda_device()
     if here is None:
-        _refuse(tensorrt, asked, "it builds on a GPU only, and there is none here", "run where the engine will run")
+        remedy = "run this where the engine will run; a run can be exported without engines (--no-engine)"
+        _refuse(tensorrt, asked, "it builds on a GPU only, and there is none here", remedy)
     if asked is not None and list(asked) not in ([THIS_GPU], [here.target]):
         what = f"it builds for the GPU it runs on, which is {here.target} ({here.name})"
         _refuse(tensorrt, asked, what, "build there, or use --hardware-compatible, or tensorrt_rtx with --target")

@@ -43,7 +43,7 @@ class EngineRuntime:
     device: CudaDevice | None
 
 
-def checked_engine(bundle: Bundle, file: str, runtime: EngineRuntime, *, max_batch: int = 1) -> bytes:
+def checked_engine(bundle: Bundle, file: str, runtime: EngineRuntime, *, max_batch: int) -> bytes:
     """Content of an engine that fits this runtime, as far as the manifest can say.
 
     Args:
@@ -53,11 +53,13 @@ def checked_engine(bundle: Bundle, file: str, runtime: EngineRuntime, *, max_bat
         max_batch: largest batch that will be asked for.
 
     Raises:
-        BundleError: there is no such engine, or its content is not what the manifest says.
+        BundleError: there is no such engine, its content is not what the manifest says, or the bundle's graph is
+            another one than it was built from.
         BackendError: it is of another flavour or version, for another GPU, or its batches are too small.
     """
     artifact = _engine_named(bundle, file)
     content = bundle.read(artifact)
+    _check_source(bundle, artifact)
     _check_flavour(artifact, runtime)
     _check_version(artifact, runtime)
     _check_target(artifact, runtime.device)
@@ -132,6 +134,18 @@ def _engine_named(bundle: Bundle, file: str) -> ArtifactSpec:
             remedy=_BUILD_HERE.format(precision="fp16"),
         )
     return engines[file]
+
+
+def _check_source(bundle: Bundle, artifact: ArtifactSpec) -> None:
+    """The thresholds of a precision belong to its graph, so an engine of an earlier graph must not use them."""
+    graphs = {other.sha256 for other in bundle.manifest.artifacts if other.format == "onnx"}
+    if artifact.engine is not None and artifact.engine.source_sha256 not in graphs:
+        raise BundleError(
+            artifact.file,
+            got=f"an engine of a graph with sha256 {artifact.engine.source_sha256}",
+            wanted="one of a graph in the bundle",
+            remedy=_BUILD_HERE.format(precision=artifact.precision),
+        )
 
 
 def _check_flavour(artifact: ArtifactSpec, runtime: EngineRuntime) -> None:

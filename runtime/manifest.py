@@ -156,6 +156,10 @@ class EngineSpec:
     hardware_compatible: bool
     layers: dict[str, int]
 
+    def __post_init__(self) -> None:
+        _check_sha256("engine.source_sha256", self.source_sha256)
+        _check_sha256("engine.cache_key", self.cache_key)
+
 
 @dataclass(frozen=True)
 class ArtifactSpec:

@@ -46,14 +46,28 @@ def test_an_engine_that_fits_is_given_out(bundle_with):
 
 def test_an_engine_that_is_not_there_is_refused_with_those_that_are(bundle_with):
     with pytest.raises(BundleError, match=r"got no engine model\.onnx, wanted one of model\.fp32\.engine"):
-        checked_engine(bundle_with(), "model.onnx", HERE)
+        checked_engine(bundle_with(), "model.onnx", HERE, max_batch=8)
 
 
 def test_a_file_that_changed_since_the_bundle_was_opened_is_refused(bundle_with):
     bundle = bundle_with()
     (bundle.location / FILE).write_bytes(b"am engine")
     with pytest.raises(BundleError, match="SHA-256"):
-        checked_engine(bundle, FILE, HERE)
+        checked_engine(bundle, FILE, HERE, max_batch=8)
+
+
+def test_an_engine_of_another_graph_than_the_bundle_has_is_refused(bundle_with):
+    artifact = bundle_with().manifest.artifacts[1]
+    stale = replace(artifact.engine, source_sha256="d" * 64)
+    with pytest.raises(BundleError, match=f"got an engine of a graph with sha256 {'d' * 64}"):
+        checked_engine(bundle_with(engine=stale), FILE, HERE, max_batch=8)
+
+
+@pytest.mark.parametrize("field", ["source_sha256", "cache_key"])
+def test_a_manifest_whose_hash_of_an_engine_is_none_is_refused(bundle_with, field):
+    artifact = bundle_with().manifest.artifacts[1]
+    with pytest.raises(BundleError, match=rf"engine\.{field}: got 'abc', wanted 64 hexadecimal digits"):
+        replace(artifact.engine, **{field: "abc"})
 
 
 @pytest.mark.parametrize(
@@ -67,7 +81,7 @@ def test_a_file_that_changed_since_the_bundle_was_opened_is_refused(bundle_with)
 )
 def test_another_flavour_version_or_gpu_is_refused(bundle_with, here, reason):
     with pytest.raises(BackendError, match=f"{FILE}: {reason}") as caught:
-        checked_engine(bundle_with(), FILE, here)
+        checked_engine(bundle_with(), FILE, here, max_batch=8)
     assert "export.trt --model BUNDLE --fp32" in caught.value.remedy or here.device is None
 
 
