@@ -58,7 +58,8 @@ def _precisions(options: Options, bundle: Bundle) -> list[Precision]:
     asked = asked_precisions(options)
     if options.fp32 or options.fp16 or options.int8:
         return asked
-    return [precision for precision in asked if bundle.manifest.onnx_artifact(precision) is not None]
+    # A bundle without any graph keeps all of them, and is refused with the first.
+    return [precision for precision in asked if bundle.manifest.onnx_artifact(precision) is not None] or asked
 
 
 def _refuse_export_options(options: Options) -> None:

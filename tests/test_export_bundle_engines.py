@@ -23,7 +23,7 @@ from export.trt import builds_from_bundle, main
 from export.trt_options import Options, engine_settings, parse_options
 from runtime.bundle import open_bundle
 from runtime.cli import main as ntf
-from runtime.manifest import ProfileSpec
+from runtime.manifest import ProfileSpec, save_manifest
 
 ROOT = Path(export.__file__).parents[1]
 BLOCKED = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "tyro", "rich", "PIL", "timm", "sklearn")
@@ -200,6 +200,12 @@ def test_an_option_that_tensorrt_lacks_is_refused_for_an_engine_that_is_there_as
 def test_a_precision_that_the_bundle_has_no_graph_of_is_refused(tiny_bundle, capsys):
     assert main(["--model", str(tiny_bundle), "--int8"]) == 1
     assert "int8 engine: got a bundle with ONNX graphs of fp32, wanted one of int8" in capsys.readouterr().err
+
+
+def test_a_bundle_without_any_graph_is_refused(tiny_bundle, capsys):
+    save_manifest(replace(open_bundle(tiny_bundle).manifest, artifacts=()), tiny_bundle)
+    assert main(["--model", str(tiny_bundle)]) == 1
+    assert "fp32 engine: got a bundle with ONNX graphs of no precision" in capsys.readouterr().err
 
 
 def test_options_of_an_export_are_refused_for_a_bundle_that_is_there(tiny_bundle, capsys):
