@@ -63,7 +63,10 @@ def _precisions(options: Options, bundle: Bundle) -> list[Precision]:
 
 
 def _refuse_export_options(options: Options) -> None:
-    names = ("data", "engine", "int8_remainder", "calibration_pictures")
+    names = (
+        *("data", "engine", "calibration_pictures", "calibrator", "int8_share", "qdq_onnx"),
+        *("budget_ap", "budget_accuracy", "budget_flips", "budget_ece"),
+    )
     given = [name for name in names if getattr(options, name) != getattr(Options(), name)]
     if given:
         raise ExportError(

@@ -17,15 +17,24 @@ from export.errors import ExportError
 from runtime.backends import Backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import BundleError
-from runtime.manifest import MANIFEST_FILE, ArtifactSpec, GoldenSpec, ModelManifest, Precision, save_manifest
+from runtime.manifest import (
+    MANIFEST_FILE,
+    ArtifactSpec,
+    CalibrationListSpec,
+    GoldenSpec,
+    ModelManifest,
+    Precision,
+    save_manifest,
+)
 
 GOLDEN_FILE = "golden.npz"
+CALIBRATION_FILE = "calibration.json"
 GOLDEN_PICTURES = 4
 
 
-def onnx_file(precision: str) -> str:
-    """File name of the ONNX graph of a precision."""
-    return f"model.{precision}.onnx"
+def onnx_file(precision: str, remainder: str = "fp32") -> str:
+    """File name of the ONNX graph of a precision; an INT8 graph with an FP16 remainder is for engines."""
+    return f"model.{precision}.onnx" if remainder == "fp32" else f"model.{precision}-{remainder}.onnx"
 
 
 def engine_file(precision: str, flavour: str, target: str) -> str:
@@ -114,6 +123,16 @@ def golden_content(images: NDArray[np.uint8], backends: Mapping[str, Backend]) -
 def golden_spec(content: bytes) -> GoldenSpec:
     """What the manifest says of golden.npz."""
     return GoldenSpec(GOLDEN_FILE, hashlib.sha256(content).hexdigest(), len(content), GOLDEN_PICTURES)
+
+
+def calibration_list_spec(content: bytes, pictures: int) -> CalibrationListSpec:
+    """What the manifest says of calibration.json.
+
+    Args:
+        content: of the file.
+        pictures: how many it lists.
+    """
+    return CalibrationListSpec(CALIBRATION_FILE, hashlib.sha256(content).hexdigest(), len(content), pictures)
 
 
 def write_bundle(folder: Path, manifest: ModelManifest, files: Mapping[str, bytes]) -> Bundle:

@@ -28,12 +28,12 @@ class EngineArtifact:
 
 
 def engine_source(manifest: ModelManifest, precision: Precision) -> ArtifactSpec:
-    """The ONNX graph that an engine of a precision is built from.
+    """The ONNX graph that an engine of a precision is built from: where there is one, that with an FP16 remainder.
 
     Raises:
         ExportError: the bundle has none.
     """
-    source = manifest.onnx_artifact(precision)
+    source = manifest.onnx_artifact(precision, "fp16") or manifest.onnx_artifact(precision)
     if source is None:
         raise ExportError(
             f"{precision} engine",

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from export.calibration import open_session
 from export.errors import ExportError
 from export.graph import (
     attribute,
@@ -25,6 +24,7 @@ from export.graph import (
     store,
     strip_metadata,
 )
+from export.session import open_session
 from runtime.manifest import INPUT_NAME, OUTPUTS
 from train.model import NTFDetector
 
@@ -90,6 +90,13 @@ def check_contract(model: ModelProto, *, input_size: tuple[int, int]) -> None:
             wanted="the contract that runtime and TensorRT rely on",
             remedy="this encoder needs work in export/onnx_export.py; choose another encoder meanwhile",
         )
+
+
+def input_size(model: ModelProto) -> tuple[int, int]:
+    """Height and width of the pictures that a graph takes, as it states them; 0 where it does not."""
+    sides = [d.dim_value for value in model.graph.input[:1] for d in value.type.tensor_type.shape.dim[1:3]]
+    height, width = sides if len(sides) == 2 else (0, 0)
+    return height, width
 
 
 def check_parity(model: ModelProto, detector: NTFDetector, *, pictures: int = 3, seed: int = 0) -> float:

@@ -129,6 +129,23 @@ def centred_thresholds(calibration: CalibrationSpec, logits: Logits) -> Calibrat
     return replace(calibration, real_threshold=real, fake_threshold=fake)
 
 
+def matched_thresholds(calibration: CalibrationSpec, logits: Logits, wanted: NDArray[np.str_]) -> CalibrationSpec:
+    """Thresholds that give most of the wanted verdicts among those that are at least as strict; each lies in a gap.
+
+    A stricter threshold keeps the rate that it was fitted for: fewer real pictures are flagged, fewer fakes passed.
+
+    Args:
+        calibration: fitted on `logits`.
+        logits: (N,) raw logits.
+        wanted: (N,) verdicts to reproduce.
+    """
+    exact = logits.astype(np.float64)
+    fake = _matched(calibration.fake_threshold, exact, wanted == "fake")
+    # Mirrored, and a step further: a logit that is the threshold itself is called real.
+    real = -_matched(-float(np.nextafter(calibration.real_threshold, np.inf)), -exact, wanted == "real")
+    return replace(calibration, real_threshold=min(real, fake), fake_threshold=fake)
+
+
 def compare_logits(
     logits: Logits,
     reference: Logits,
@@ -216,8 +233,15 @@ def broken_limits(
     ]
 
 
-def _centred(threshold: float, logits: Logits) -> float:
+def _centred(threshold: float, logits: NDArray[np.floating]) -> float:
     below, above = logits[logits <= threshold], logits[logits > threshold]
     if not len(below) or not len(above):
         return threshold
     return (float(below.max()) + float(above.min())) / 2
+
+
+def _matched(threshold: float, logits: NDArray[np.float64], above: NDArray[np.bool_]) -> float:
+    """The gap at or above `threshold` that separates the logits marked `above` from the others with fewest errors."""
+    gaps = [_centred(float(value), logits) for value in (threshold, *np.unique(logits[logits > threshold])[:-1])]
+    errors = [int(((logits > gap) != above).sum()) for gap in gaps]
+    return gaps[int(np.argmin(errors))]

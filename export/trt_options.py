@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from export.engine import EngineSettings
 from runtime.manifest import Precision
@@ -23,8 +22,14 @@ class Options:
     model: Path | None = None
     data: Path | None = None
     engine: bool = True
-    int8_remainder: Literal["fp32", "fp16"] = "fp32"
     calibration_pictures: int | None = None
+    calibrator: str = "auto"
+    budget_ap: float = 0.5
+    budget_accuracy: float = 1.0
+    budget_flips: float = 0.5
+    budget_ece: float = 2.0
+    int8_share: float = 0.5
+    qdq_onnx: Path | None = None
     min_batch: int = 1
     opt_batch: int = 8
     max_batch: int = 64
@@ -52,6 +57,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     _add_choice(parser)
     _add_export(parser.add_argument_group("exporting a run"))
+    _add_int8(parser.add_argument_group("INT8 of a run, budgets in percentage points against PyTorch on its val split"))
     _add_engine(parser.add_argument_group("engines"))
     return Options(**vars(parser.parse_args(arguments)))
 
@@ -90,17 +96,35 @@ def _add_export(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="build TensorRT engines (default); --no-engine stops after the ONNX graphs",
     )
+
+
+def _add_int8(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--int8-remainder",
-        choices=("fp32", "fp16"),
-        help="between INT8 layers: fp32 keeps onnxruntime's integer kernels on a CPU, fp16 is for GPUs only"
-        f" ({Options.int8_remainder})",
+        "--calibration-pictures", type=int, metavar="N", help="largest number of pictures that ranges are measured on"
     )
     group.add_argument(
-        "--calibration-pictures",
-        type=int,
-        metavar="N",
-        help="largest number of validation pictures that INT8 ranges are measured on",
+        "--calibrator",
+        choices=("auto", "mse", "entropy", "percentile", "minmax"),
+        help="how ranges are clipped; auto takes what changes the logits least (auto)",
+    )
+    budgets = (
+        ("ap", "loss of average precision, of the generator that loses most"),
+        ("accuracy", "loss of accuracy at the threshold"),
+        ("flips", "verdicts that differ; one picture is always allowed"),
+        ("ece", "rise of the expected calibration error"),
+    )
+    for name, what in budgets:
+        default = getattr(Options, f"budget_{name}")
+        group.add_argument(f"--budget-{name}", type=float, metavar="POINTS", help=f"{what} ({default})")
+    group.add_argument(
+        "--int8-share",
+        type=float,
+        metavar="SHARE",
+        help="of the operations that must stay in INT8 when layers are returned to keep within the budget, 0 to 1"
+        f" ({Options.int8_share})",
+    )
+    group.add_argument(
+        "--qdq-onnx", type=Path, metavar="FILE", help="take this Q/DQ graph as INT8, after the same checks"
     )
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from runtime.errors import BundleError
-from runtime.manifest import MANIFEST_FILE, ArtifactSpec, GoldenSpec, ModelManifest, manifest_from_json
+from runtime.manifest import MANIFEST_FILE, ArtifactSpec, ModelManifest, PicturesSpec, manifest_from_json
 
-FileSpec: TypeAlias = "ArtifactSpec | GoldenSpec"
+FileSpec: TypeAlias = "ArtifactSpec | PicturesSpec"
 
 # A manifest is some tens of kilobytes; anything near this is not one.
 _MAX_MANIFEST_BYTES = 16 << 20
