@@ -78,7 +78,10 @@ def float_layers(model: ModelProto) -> dict[str, str]:
 
 
 def plan_quantization(model: ModelProto, keep: Mapping[str, str]) -> QuantizationPlan:
-    """All layers with stored weights and all residual additions, except the nodes of `keep`."""
+    """All layers with stored weights and the additions of residual convolutions, except the nodes of `keep`.
+
+    A transformer's residual stream stays in floating point: a few of its channels are far larger than the rest.
+    """
     stored, readers, makers = initializers(model), consumers(model), producers(model)
     layers, shortcuts = [], []
     for node in model.graph.node:
@@ -86,7 +89,7 @@ def plan_quantization(model: ModelProto, keep: Mapping[str, str]) -> Quantizatio
             continue
         if node.op_type in LAYER_OPS and node.input[1] in stored and len(stored[node.input[1]].dims) > 1:
             layers.append(node.name)
-        elif node.op_type == "Add" and not stored.keys() & set(node.input):
+        elif node.op_type == "Add" and any(makers[i].op_type == "Conv" for i in node.input if i in makers):
             shortcuts.append((node.name, _shortcut(node, readers, makers)))
     return QuantizationPlan(tuple(layers), tuple(shortcuts))
 
