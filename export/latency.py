@@ -18,10 +18,11 @@ SECONDS = 4.0
 WARM_UP_SHARE = 0.25
 # Of fewer calls neither a median nor a spread says much.
 FEWEST_CALLS = 5
+GRAPH, COPIES, END_TO_END = "graph", "copies", "end to end"
 STAGES = {
-    "graph": "the graph on one contiguous array; a back-end on a GPU copies to the device and back in it",
-    "copies": "single pictures copied into that array, then the graph",
-    "end to end": "encoded pictures in memory: decoded, cropped, copied, the graph, verdicts",
+    GRAPH: "the graph on one contiguous array; a back-end on a GPU copies to the device and back in it",
+    COPIES: "single pictures copied into that array, then the graph",
+    END_TO_END: "encoded pictures in memory: decoded, cropped, copied, the graph, verdicts",
 }
 
 
@@ -99,9 +100,9 @@ def measure_latency(
     """
     singles = [np.ascontiguousarray(image) for image in images]
     stages: dict[str, Callable[[int], object]] = {
-        "graph": lambda batch: backend.infer(images[:batch]),
-        "copies": lambda batch: backend.infer(np.stack(singles[:batch])),
-        "end to end": lambda batch: detector.predict(files[:batch], batch_size=batch),
+        GRAPH: lambda batch: backend.infer(images[:batch]),
+        COPIES: lambda batch: backend.infer(np.stack(singles[:batch])),
+        END_TO_END: lambda batch: detector.predict(files[:batch], batch_size=batch),
     }
     measured: list[Latency] = []
     left_out: list[LeftOut] = []

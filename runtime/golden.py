@@ -70,6 +70,11 @@ class GoldenCheck:
     limits: dict[str, float]
     reason: str
 
+    @property
+    def worst(self) -> str:
+        """The output that is nearest to its limit, or furthest beyond it."""
+        return max(self.differences, key=lambda output: self.differences[output] / self.limits[output])
+
     def broken(self) -> list[str]:
         """Each output that is wrong, in words; empty when all are right."""
         # Written so that NaN is wrong.
