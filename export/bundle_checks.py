@@ -39,6 +39,7 @@ from train.checkpoint import load_calibration, load_detector
 from train.pictures import PictureSet
 
 BATCH_SIZE = 16
+# Whole feature maps are compared: few pictures make a statistic.
 LAYER_PICTURES = 16
 
 Backends: TypeAlias = Mapping[tuple[str, str], Backend]
@@ -135,7 +136,7 @@ def check_batches(backends: Backends, pictures: PreparedPictures, scores: Scores
     firsts = {}
     for label, name in enumerate(("real picture", "fake picture")):
         if len(found := np.flatnonzero(scores.labels == label)):
-            firsts[name] = next(chosen_pictures(pictures, found[:1]).batches())[0]
+            firsts[name] = next(pictures_at(pictures, found[:1]).batches())[0]
     chosen = firsts | extreme_pictures(pictures.spec.height, pictures.spec.width)
     unit = unit_of_evidence(scores.calibration, float(np.std(scores.reference)))
     return tuple(
@@ -155,7 +156,7 @@ def compare_graphs(
         bounds_db: SQNR that no tensor may fall below, for each precision that is compared.
     """
     places = np.linspace(0, len(pictures) - 1, min(LAYER_PICTURES, len(pictures)))
-    some = chosen_pictures(pictures, places.round().astype(int))
+    some = pictures_at(pictures, places.round().astype(int))
     models = {name: ModelProto.FromString(content) for name, content in graphs.items() if name in {"fp32", *bounds_db}}
     return tuple(
         compare_layers(models["fp32"], models[name], some.batches, precision=name, bound_db=bound_db)
@@ -164,9 +165,9 @@ def compare_graphs(
 
 
 def time_backends(bundle: Bundle, backends: Backends, pictures: PreparedPictures, *, seconds: float) -> LatencySweep:
-    """Times of every precision on every back-end, with the first pictures, again and again where they are few."""
+    """Times of every precision on every back-end, with the first pictures as they are stored, repeated where few."""
     most = max(BATCHES)
-    some = chosen_pictures(pictures, np.arange(min(most, len(pictures))))
+    some = pictures_at(pictures, np.arange(min(most, len(pictures))))
     images = np.stack(list(islice(cycle(np.concatenate(list(some.batches()))), most)))
     files = list(islice(cycle([record.read_bytes() for record in some.pictures.records]), most))
     sweeps = []
@@ -178,7 +179,7 @@ def time_backends(bundle: Bundle, backends: Backends, pictures: PreparedPictures
     return joined_sweeps(sweeps)
 
 
-def chosen_pictures(pictures: PreparedPictures, places: ArrayLike) -> PreparedPictures:
+def pictures_at(pictures: PreparedPictures, places: ArrayLike) -> PreparedPictures:
     """The pictures at some places of a collection."""
     records = tuple(pictures.pictures.records[place] for place in np.asarray(places))
     subset = replace(pictures.pictures, records=records)

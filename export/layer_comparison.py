@@ -146,9 +146,12 @@ def compare_layers(
             wanted="a graph that was rewritten from it",
             remedy="export both again",
         )
+    ours, theirs = float_activations(reference), float_activations(graph)
     sums: dict[TensorPair, _Sums] = {}
-    for group in _groups(matched.pairs, float_activations(reference), float_activations(graph)):
-        sums |= _sums_of_group(reference, graph, group, batches)
+    for group in _groups(matched.pairs, ours, theirs):
+        run_reference = _opened(reference, {pair.reference: ours[pair.reference] for pair in group})
+        run_graph = _opened(graph, {pair.other: theirs[pair.other] for pair in group})
+        sums |= _sums_of_group(run_reference, run_graph, group, batches)
     pictures = next(iter(sums.values())).pictures
     layers = tuple(_layer_errors(graph, sums))
     return LayerComparison(precision, pictures, bound_db, layers, matched.reference_only, matched.other_only)
@@ -238,10 +241,8 @@ def _groups(
 
 
 def _sums_of_group(
-    reference: ModelProto, graph: ModelProto, group: Sequence[TensorPair], batches: Batches
+    run_reference: Run, run_graph: Run, group: Sequence[TensorPair], batches: Batches
 ) -> dict[TensorPair, _Sums]:
-    run_reference = _opened(reference, [pair.reference for pair in group])
-    run_graph = _opened(graph, [pair.other for pair in group])
     sums = {pair: _Sums() for pair in group}
     for images in batches():
         ours, theirs = run_reference(images), run_graph(images)
@@ -250,15 +251,14 @@ def _sums_of_group(
     return sums
 
 
-def _opened(model: ModelProto, names: Iterable[str]) -> Run:
+def _opened(model: ModelProto, tensors: Mapping[str, Activation]) -> Run:
     """The graph up to some of its tensors, which are its outputs now, in onnxruntime without optimisations."""
     import onnxruntime
 
-    asked = list(dict.fromkeys(names))
-    types = float_activations(model)
+    asked = list(tensors)
     probe = with_outputs(model, asked)
     for output in probe.graph.output:
-        output.type.tensor_type.elem_type = types[output.name].elem_type
+        output.type.tensor_type.elem_type = tensors[output.name].elem_type
     remove_unused(probe)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

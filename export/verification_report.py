@@ -14,6 +14,7 @@ from export.parity import LIMITS
 from export.report import COLUMNS, JSON_FILE, LEFT_OUT, MARKDOWN_FILE, parity_rows
 from export.verification import Verification, verification_json
 from export.verification_figures import write_latency_figure, write_layers_figure, write_logits_figure
+from runtime.golden import GoldenCheck
 from train.checkpoint import write_atomically
 from train.markdown import markdown_table, markdown_text
 
@@ -87,16 +88,11 @@ def _parity_section(result: Verification) -> str:
 
 
 def _golden_section(result: Verification) -> str:
+    outputs = list(dict.fromkeys(name for check in result.golden for name in check.differences))
     rows = [
-        [
-            check.precision,
-            check.backend,
-            *(f"{100 * check.differences[name]:.2g} of {100 * limit:g} %" for name, limit in check.limits.items()),
-            _pass(check.broken()),
-        ]
+        [check.precision, check.backend, *(_golden_cell(check, name) for name in outputs), _pass(check.broken())]
         for check in result.golden
     ]
-    outputs = list(result.golden[0].differences)
     reasons: dict[tuple[str, str], list[str]] = {}
     for check in result.golden:
         reasons.setdefault((check.precision, check.reason), []).append(check.backend)
@@ -110,6 +106,12 @@ def _golden_section(result: Verification) -> str:
             *(f"- {precision} on {' and '.join(names)}: {reason}" for (precision, reason), names in reasons.items()),
         ]
     )
+
+
+def _golden_cell(check: GoldenCheck, output: str) -> str:
+    if output not in check.differences:
+        return "not stored"
+    return f"{100 * check.differences[output]:.2g} of {100 * check.limits[output]:g} %"
 
 
 def _invariance_section(result: Verification) -> str:

@@ -147,9 +147,13 @@ def test_a_tensor_that_is_not_finite_is_as_far_off_as_can_be(fp32, value):
 
 def test_little_memory_means_more_runs_and_the_same_figures(fp32, int8, monkeypatch):
     expected = compare(fp32, int8)
-    opened = []
-    run = layer_comparison._opened
-    monkeypatch.setattr(layer_comparison, "_opened", lambda model, names: opened.append(names) or run(model, names))
+    opened, open_graph = [], layer_comparison._opened
+
+    def counted(model, tensors):
+        opened.append(tensors)
+        return open_graph(model, tensors)
+
+    monkeypatch.setattr(layer_comparison, "_opened", counted)
     monkeypatch.setattr(layer_comparison, "MEMORY_BYTES", 40_000)
     assert compare(fp32, int8) == expected
     assert len(opened) > 6

@@ -149,6 +149,13 @@ def test_markdown_has_a_section_for_each_check_and_says_where_it_was_measured(so
     assert "machine: a CPU, 2 cores" in text
 
 
+def test_an_output_that_was_not_stored_is_said_to_be_missing(sound):
+    partial = GoldenCheck("fp32", "openvino", {"logits": 1e-6}, {"logits": 1e-4}, "other sums")
+    text = verification_markdown(replace(sound, golden=(*sound.golden, partial)), ABOUT)
+    assert "| fp32 | openvino | 0.0001 of 0.01 % | not stored | pass |" in text
+    assert "- fp32 on openvino: other sums" in text
+
+
 def test_pictures_are_written_for_what_was_done_and_older_ones_go(sound, tmp_path):
     everything = write_verification(tmp_path / "new", replace(sound, layers=(LAYERS,), latency=SWEEP), ABOUT)
     assert [path.name for path in everything] == [
