@@ -18,7 +18,8 @@ from onnx import ModelProto, TensorProto
 
 from export.calibration import BATCH_SIZE, Batches
 from export.errors import ExportError
-from export.graph import model_bytes, producers, remove_unused, with_outputs
+from export.graph import producers, remove_unused, with_outputs
+from export.session import open_session
 from runtime.manifest import INPUT_NAME
 
 # They hand on the tensor that they read, in another type.
@@ -253,17 +254,12 @@ def _sums_of_group(
 
 def _opened(model: ModelProto, tensors: Mapping[str, Activation]) -> Run:
     """The graph up to some of its tensors, which are its outputs now, in onnxruntime without optimisations."""
-    import onnxruntime
-
     asked = list(tensors)
     probe = with_outputs(model, asked)
     for output in probe.graph.output:
         output.type.tensor_type.elem_type = tensors[output.name].elem_type
     remove_unused(probe)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model_bytes(probe), options, providers=["CPUExecutionProvider"])
+    session = open_session(probe, optimize=False)
     return lambda images: dict(zip(asked, session.run(asked, {INPUT_NAME: images}), strict=True))
 
 
