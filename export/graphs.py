@@ -81,6 +81,7 @@ def reduced_graphs(
             largest,
             pictures,
             judge,
+            for_engines=lambda model: fp16_from_fp32(model, wide),
             calibrator=calibrator,
             smallest_share=smallest_share,
             say=say,

@@ -125,6 +125,7 @@ def int8_within_budget(
     pictures: PreparedPictures,
     judge: Judge,
     *,
+    for_engines: Callable[[ModelProto], ModelProto],
     calibrator: str = "auto",
     smallest_share: float = 0.5,
     say: Say = lambda message: None,
@@ -139,6 +140,7 @@ def int8_within_budget(
         largest: largest magnitude of each activation on the calibration pictures.
         pictures: calibration pictures.
         judge: says what a graph costs.
+        for_engines: makes the twin with an FP16 remainder, which has to keep within the budget as well.
         calibrator: one of CALIBRATORS, or "auto" for the one that changes the logits least.
         smallest_share: of the multiply-accumulate operations that must stay in INT8.
         say: told what is being done.
@@ -158,7 +160,7 @@ def int8_within_budget(
     quantizer, errors = choose_calibrator(model, plan, largest, pictures, calibrator, say)
     chosen = min(errors, key=lambda name: errors[name])
     work = operations(model)
-    search = _Search(quantizer, judge, work, say)
+    search = _Search(quantizer, judge, for_engines, work, say)
     sensitivities: tuple[LayerSensitivity, ...] = ()
     fitting = search.step(plan, 0)
     if fitting is None:
@@ -175,8 +177,15 @@ def int8_within_budget(
 class _Search:
     """The graphs that were judged so far, by the number of nodes that are returned."""
 
-    def __init__(self, quantizer: Quantizer, judge: Judge, work: Mapping[str, int], say: Say) -> None:
-        self.quantizer, self.judge, self.work, self.say = quantizer, judge, work, say
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        judge: Judge,
+        for_engines: Callable[[ModelProto], ModelProto],
+        work: Mapping[str, int],
+        say: Say,
+    ) -> None:
+        self.quantizer, self.judge, self.for_engines, self.work, self.say = quantizer, judge, for_engines, work, say
         self.steps: list[Step] = []
 
     def fewest(self, plan: QuantizationPlan, order: list[str], smallest_share: float) -> int | None:
@@ -200,8 +209,10 @@ class _Search:
 
     def step(self, plan: QuantizationPlan, returned: int) -> int | None:
         """Judge a graph; `returned` where it fits, else None."""
-        content = model_bytes(self.quantizer.graph(plan))
-        costs = self.judge.costs(Candidate("int8", content))
+        model = self.quantizer.graph(plan)
+        content = model_bytes(model)
+        twin = Candidate("int8", model_bytes(self.for_engines(model)), "fp16")
+        costs = self.judge.costs([Candidate("int8", content), twin])
         excess = tuple(f"{what} on {cost.backend}" for cost in costs for what in cost.excess(self.judge.budget))
         self.steps.append(Step(returned, self.share(plan), len(content), costs, excess))
         self.say(step_line(self.steps[-1]))

@@ -91,17 +91,22 @@ class Judge:
         self._scored: dict[tuple[str, str], Logits] = {}
         self._theirs = detection_metrics(reference, self._labels, calibration=self._centred)
 
-    def costs(self, candidate: Candidate) -> tuple[Cost, ...]:
-        """Cost on each back-end, one after the other, up to the first that is over the budget."""
+    def costs(self, candidates: Sequence[Candidate]) -> tuple[Cost, ...]:
+        """Cost of graphs of one precision on each back-end, one after the other, up to the first over the budget.
+
+        Args:
+            candidates: share the calibration of the first, which has an FP32 remainder.
+        """
         found: list[Cost] = []
         calibration: CalibrationSpec | None = None
-        for name in self.backends:
+        for candidate, name in ((c, name) for c in candidates for name in self._backends_of(c)):
             logits = self.scores(candidate, name)
+            shown = name if candidate.remainder == "fp32" else f"{name} ({candidate.remainder} remainder)"
             try:
                 calibration = calibration or self._fitted(logits)
-                found.append(self._cost(name, logits, calibration))
+                found.append(self._cost(shown, logits, calibration))
             except DataError:  # logits that do not rise with the label: no temperature makes probabilities of them
-                found.append(replace(self._cost(name, logits, self._run), ece=math.inf))
+                found.append(replace(self._cost(shown, logits, self._run), ece=math.inf))
             if found[-1].excess(self.budget):
                 break
         return tuple(found)
@@ -118,7 +123,7 @@ class Judge:
         parity: dict[tuple[Precision, Remainder], tuple[ParitySpec, ...]] = {}
         for candidate in candidates:
             precision = candidate.precision
-            backends = self.backends if candidate.remainder == "fp32" else self._engine_backends()
+            backends = self._backends_of(candidate)
             if precision not in calibration:
                 calibration[precision] = self._fitted(self.scores(candidate, backends[0]))
             parity[precision, candidate.remainder] = tuple(
@@ -154,8 +159,10 @@ class Judge:
         batches = self._batches(f"{candidate.precision} for engines")
         return np.concatenate([session.run(["logits"], {INPUT_NAME: images})[0] for images in batches])
 
-    def _engine_backends(self) -> list[str]:
-        """Where a graph for engines can be run: one back-end proves it."""
+    def _backends_of(self, candidate: Candidate) -> list[str]:
+        """Where a graph is run: a graph for engines on one back-end, which proves it."""
+        if candidate.remainder == "fp32":
+            return self.backends
         return ["openvino"] if "openvino" in self.backends else [NODE_BY_NODE]
 
     def _batches(self, what: str) -> Iterable[NDArray[np.uint8]]:

@@ -197,7 +197,7 @@ def refuse_over_budget(graph: PrecisionGraph, judge: Judge) -> None:
     Raises:
         ExportError: it is over the budget.
     """
-    over = [f"{what} on {cost.backend}" for cost in judge.costs(graph) for what in cost.excess(judge.budget)]
+    over = [f"{what} on {cost.backend}" for cost in judge.costs([graph]) for what in cost.excess(judge.budget)]
     if over:
         raise ExportError(
             f"INT8 graph by {graph.builder}",

@@ -46,7 +46,7 @@ def with_logits(change):
 
 
 def test_fp32_costs_nothing(judge):
-    (cost,) = judge.costs(candidate("fp32"))
+    (cost,) = judge.costs([candidate("fp32")])
     assert cost.pictures == 40
     assert cost.excess(BUDGET) == []
     assert (cost.flips, cost.accuracy) == (0.0, 0.0)
@@ -55,14 +55,14 @@ def test_fp32_costs_nothing(judge):
 
 
 def test_a_scale_of_the_logits_is_fitted_away_since_each_precision_has_its_own_calibration(judge):
-    (cost,) = judge.costs(candidate("fp32", with_logits(3.0)))
+    (cost,) = judge.costs([candidate("fp32", with_logits(3.0))])
     assert cost.logit_rms > 1
     assert (cost.flips, cost.worst_ap) == (0.0, 0.0)
     assert cost.ece == pytest.approx(0.0, abs=0.1)
 
 
 def test_logits_that_fall_with_the_label_are_over_every_budget(judge):
-    (cost,) = judge.costs(candidate("fp32", with_logits(-1.0)))
+    (cost,) = judge.costs([candidate("fp32", with_logits(-1.0))])
     assert cost.ece == np.inf
     assert cost.worst_ap > 10
     assert len(cost.excess(Budget(1e3, 1e3, 1e3, 1e3))) == 1
@@ -74,8 +74,8 @@ def test_judging_stops_at_the_first_backend_over_the_budget_and_starts_with_the_
         judge.pictures, judge.reference, load_calibration(finished_run()), judge._manifest,
         ["openvino", "onnxruntime"], BUDGET,
     )  # fmt: skip
-    assert [c.backend for c in several.costs(candidate("fp32"))] == ["onnxruntime", "openvino"]
-    assert [c.backend for c in several.costs(candidate("fp32", with_logits(-1.0)))] == ["onnxruntime"]
+    assert [c.backend for c in several.costs([candidate("fp32")])] == ["onnxruntime", "openvino"]
+    assert [c.backend for c in several.costs([candidate("fp32", with_logits(-1.0))])] == ["onnxruntime"]
 
 
 def test_a_graph_is_scored_once_on_a_backend(judge, monkeypatch):
@@ -87,6 +87,7 @@ def test_a_graph_is_scored_once_on_a_backend(judge, monkeypatch):
 def test_a_graph_for_engines_is_run_node_by_node_where_only_onnxruntime_runs(judge):
     model = graphs("test_resnet")["int8+fp16"]
     twin = Candidate("int8", model_bytes(model), "fp16")
+    assert [c.backend for c in judge.costs([candidate("fp32"), twin])][-1] == f"{NODE_BY_NODE} (fp16 remainder)"
     _, parity = judge.parity([candidate("int8"), twin])
     assert [p.backend for p in parity["int8", "fp16"]] == [NODE_BY_NODE]
     assert parity["int8", "fp16"][0].logit_diff_max < 2 * parity["int8", "fp32"][0].logit_diff_max + 0.1
