@@ -1,12 +1,10 @@
-"""Writing a model bundle: what is kept of an older one, golden inputs, and the swap of folders."""
+"""Writing a model bundle: what is kept of an older one, golden inputs, and the write itself."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ExportError
+from export.folder_swap import replaced_folder, restore_folder
 from runtime.backends import Backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import BundleError
@@ -39,6 +38,7 @@ def existing_bundle(folder: Path, checkpoint_sha256: str) -> Bundle | None:
     Raises:
         ExportError: the folder holds something that is not a bundle, which is not overwritten.
     """
+    restore_folder(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / MANIFEST_FILE).is_file():
@@ -127,17 +127,11 @@ def write_bundle(folder: Path, manifest: ModelManifest, files: Mapping[str, byte
     Raises:
         BundleError: what was written cannot be read back; the old bundle stands as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with replaced_folder(folder) as new:
         for name, content in files.items():
-            _write(temporary / name, content)
-        save_manifest(manifest, temporary)
-        temporary.chmod(0o755)  # mkdtemp's 0700 would lock other users out of a shared bundle
-        open_bundle(temporary)
-        _swap(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _write(new / name, content)
+        save_manifest(manifest, new)
+        open_bundle(new)
     return open_bundle(folder)
 
 
@@ -151,17 +145,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _swap(new: Path, folder: Path) -> None:
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = new.with_name(f"{new.name}.old")
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
