@@ -16,7 +16,15 @@ from export.folder_swap import replaced_folder, restore_folder
 from runtime.backends import Backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import BundleError
-from runtime.manifest import MANIFEST_FILE, ArtifactSpec, GoldenSpec, ModelManifest, Precision, save_manifest
+from runtime.manifest import (
+    MANIFEST_FILE,
+    ArtifactSpec,
+    GoldenSpec,
+    ModelManifest,
+    Precision,
+    manifest_to_json,
+    save_manifest,
+)
 
 GOLDEN_FILE = "golden.npz"
 GOLDEN_PICTURES = 4
@@ -129,7 +137,7 @@ def write_bundle(folder: Path, manifest: ModelManifest, files: Mapping[str, byte
     """
     with replaced_folder(folder) as new:
         for name, content in files.items():
-            _write(new / name, content)
+            write_file(new / name, content)
         save_manifest(manifest, new)
         open_bundle(new)
     return open_bundle(folder)
@@ -140,8 +148,33 @@ def sorted_artifacts(artifacts: Iterable[ArtifactSpec]) -> tuple[ArtifactSpec, .
     return tuple(sorted(artifacts, key=lambda artifact: artifact.file))
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file and have it on the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def carried_facts(manifest: ModelManifest, artifact: ArtifactSpec) -> dict[str, str]:
+    """What a graph must not lose where it leaves its bundle, as text: how to read its logits, and where it is from.
+
+    Args:
+        manifest: of the bundle.
+        artifact: the graph or engine.
+    """
+    calibration = manifest.calibration[artifact.precision]
+    return {
+        "model": manifest.name,
+        "precision": artifact.precision,
+        "labels": ",".join(manifest.labels),
+        "temperature": repr(calibration.temperature),
+        "bias": repr(calibration.bias),
+        "real_threshold": repr(calibration.real_threshold),
+        "fake_threshold": repr(calibration.fake_threshold),
+        "source_file": artifact.file,
+        "source_sha256": artifact.sha256,
+        "checkpoint_sha256": manifest.checkpoint_sha256,
+        "manifest_sha256": hashlib.sha256(manifest_to_json(manifest).encode()).hexdigest(),
+        "tool_version": manifest.tool_version,
+    }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -21,14 +22,14 @@ from export import bundling
 from runtime.bundle import open_bundle
 from runtime.errors import BundleError
 
-WATCHED = {bundling.write_bundle.__code__, bundling._write.__code__, runtime.manifest.save_manifest.__code__}
+WATCHED = {bundling.write_bundle.__code__, bundling.write_file.__code__, runtime.manifest.save_manifest.__code__}
 
 
 def main(old, new, target, way):
     os.fsync = lambda handle: None  # a kill takes nothing from the kernel; power failures are not tested here
     if way == "twice":
         export.folder_swap._exchange = lambda new, folder: False
-    old, new = loaded(old), loaded(new)
+    new = loaded(new)
     lines, killed = 0, True
     while killed:
         child = os.fork()
@@ -38,7 +39,8 @@ def main(old, new, target, way):
             os._exit(0)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         print(json.dumps([killed, standing(target), found(target)]))
-        bundling.write_bundle(target, *old)
+        with export.folder_swap.replaced_folder(target) as again:
+            shutil.copytree(old, again, dirs_exist_ok=True)
         assert os.listdir(target.parent) == [target.name], os.listdir(target.parent)
         lines += 1
 
