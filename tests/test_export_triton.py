@@ -247,7 +247,7 @@ def test_two_engines_of_one_precision_are_not_chosen_between(bundle, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (("--precisions", "int8", "--backends", "onnxruntime", "tensorrt_plan"), "tensorrt_plan int8: got"),
+        (("--precisions", "fp32", "int8", "--backends", "onnxruntime", "tensorrt_plan"), "tensorrt_plan int8: got"),
         (("--preferred-batch-sizes", 65), "got 65, wanted 1 to 64, the largest batch"),
         (("--max-batch-size", 0), "--max-batch-size: got 0"),
         (("--max-queue-delay-us", -1), "--max-queue-delay-us: got -1"),
