@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from export.errors import ExportError
+
 try:
     import fcntl
 except ImportError:  # not on Windows, where what a killed program left stays
@@ -28,29 +30,35 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     Args:
         folder: where the new content will stand, readable for everyone; its parents are made.
 
+    Raises:
+        ExportError: something cannot be written, in the block as well; what stood there stands as it was.
+
     Note:
         On Linux both folders change their names in one step. Elsewhere there are two, and a program that is killed
         between them leaves the old folder under another name, which `restore_folder` gives back. What a killed program
         left beside the folder is removed here.
     """
     folder = folder.resolve()  # of a link, the folder that it leads to is replaced
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    restore_folder(folder)
-    _remove_abandoned(folder)
-    new, handle = _made_and_held(folder)
     try:
-        yield new
-        new.chmod(0o755)  # mkdtemp's 0700 would lock other users out of a shared folder
-        _sync(new)
-        if not folder.exists():
-            new.rename(folder)
-        elif not _exchange(new, folder):
-            _rename_twice(new, folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        restore_folder(folder)
+        _remove_abandoned(folder)
+        with _new_folder(folder) as new:
+            yield new
+            new.chmod(0o755)  # mkdtemp's 0700 would lock other users out of a shared folder
+            _sync(new)
+            if not folder.exists():
+                new.rename(folder)
+            elif not _exchange(new, folder):
+                _rename_twice(new, folder)
+            _sync(folder.parent)
+    except OSError as error:
+        raise ExportError(
+            str(folder),
+            got=f"a place that cannot be written ({error.strerror or error})",
+            wanted="a writable folder with room in it",
+            remedy="choose another folder, or make room",
+        ) from error
 
 
 def restore_folder(folder: Path) -> None:
@@ -97,8 +105,20 @@ def _new_prefix(folder: Path) -> str:
     return f".{folder.name}.new-"
 
 
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, locked while the block runs; what is under its name then is removed."""
+    new, handle = _made_and_held(folder)
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
 def _made_and_held(folder: Path) -> tuple[Path, int | None]:
-    """A new folder beside `folder`, locked for as long as this program lives."""
+    """A new folder beside `folder` and the handle with its lock, which ends with the program."""
     while True:
         made = Path(tempfile.mkdtemp(prefix=_new_prefix(folder), dir=folder.parent))
         with suppress(FileNotFoundError, BlockingIOError):  # another program has just taken it for abandoned

@@ -29,6 +29,8 @@ def main(old, new, target, way):
     os.fsync = lambda handle: None  # a kill takes nothing from the kernel; power failures are not tested here
     if way == "twice":
         export.folder_swap._exchange = lambda new, folder: False
+    bundling.open_bundle = untraced(bundling.open_bundle)
+    runtime.manifest.manifest_to_json = untraced(runtime.manifest.manifest_to_json)
     new = loaded(new)
     lines, killed = 0, True
     while killed:
@@ -59,6 +61,20 @@ def killer(lines):
         return trace
 
     return trace
+
+
+def untraced(function):
+    """The function, none of whose lines writes, at its full speed."""
+
+    def called(*arguments):
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return function(*arguments)
+        finally:
+            sys.settrace(trace)
+
+    return called
 
 
 def loaded(folder):

@@ -17,6 +17,7 @@ from bundle_fixtures import tiny_graph, write_bundle
 import export.bundling
 import export.folder_swap
 from export.bundling import existing_bundle, golden_content, golden_images
+from export.errors import ExportError
 from export.folder_swap import replaced_folder
 from runtime.backends import open_backend
 from runtime.bundle import newest_bundle, open_bundle
@@ -109,6 +110,19 @@ def test_what_is_written_wrongly_never_takes_the_place_of_the_old_bundle(old_and
         export.bundling.write_bundle(
             target, bundle.manifest, {s.file: bundle.read(s)[:-1] + b"?" for s in bundle.manifest.files()}
         )
+    assert contents(target) == contents(old)
+    assert [path.name for path in target.parent.iterdir()] == ["tiny"]
+
+
+def test_a_full_disk_is_an_error_in_a_sentence_and_leaves_the_old_bundle(old_and_new, monkeypatch):
+    old, new, target = old_and_new
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ExportError, match=r"tiny: got a place that cannot be written \(No space left on device\)"):
+        rewrite(new, target)
     assert contents(target) == contents(old)
     assert [path.name for path in target.parent.iterdir()] == ["tiny"]
 
