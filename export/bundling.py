@@ -19,6 +19,7 @@ from runtime.errors import BundleError
 from runtime.manifest import (
     MANIFEST_FILE,
     ArtifactSpec,
+    CalibrationListSpec,
     GoldenSpec,
     ModelManifest,
     Precision,
@@ -27,12 +28,13 @@ from runtime.manifest import (
 )
 
 GOLDEN_FILE = "golden.npz"
+CALIBRATION_FILE = "calibration.json"
 GOLDEN_PICTURES = 4
 
 
-def onnx_file(precision: str) -> str:
-    """File name of the ONNX graph of a precision."""
-    return f"model.{precision}.onnx"
+def onnx_file(precision: str, remainder: str = "fp32") -> str:
+    """File name of the ONNX graph of a precision; an INT8 graph with an FP16 remainder is for engines."""
+    return f"model.{precision}.onnx" if remainder == "fp32" else f"model.{precision}-{remainder}.onnx"
 
 
 def engine_file(precision: str, flavour: str, target: str) -> str:
@@ -124,6 +126,16 @@ def golden_spec(content: bytes) -> GoldenSpec:
     return GoldenSpec(GOLDEN_FILE, hashlib.sha256(content).hexdigest(), len(content), GOLDEN_PICTURES)
 
 
+def calibration_list_spec(content: bytes, pictures: int) -> CalibrationListSpec:
+    """What the manifest says of calibration.json.
+
+    Args:
+        content: of the file.
+        pictures: how many it lists.
+    """
+    return CalibrationListSpec(CALIBRATION_FILE, hashlib.sha256(content).hexdigest(), len(content), pictures)
+
+
 def write_bundle(folder: Path, manifest: ModelManifest, files: Mapping[str, bytes]) -> Bundle:
     """Write a bundle beside `folder`, check it, and put it in its place.
 
@@ -133,6 +145,7 @@ def write_bundle(folder: Path, manifest: ModelManifest, files: Mapping[str, byte
         files: content of every file the manifest lists.
 
     Raises:
+        ExportError: the disk is full, or the folder cannot be written; the old bundle stands as it was.
         BundleError: what was written cannot be read back; the old bundle stands as it was.
     """
     with replaced_folder(folder) as new:

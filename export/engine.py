@@ -1,64 +1,43 @@
-"""TensorRT engines from an ONNX graph: one small adapter over `tensorrt` 10 and 11 and `tensorrt_rtx`.
+"""TensorRT engines from an ONNX graph, by `tensorrt` 10 or 11 or by `tensorrt_rtx`.
 
 This module needs neither torch nor onnx: an engine can be built from a bundle where only TensorRT is installed.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from rich.progress import Progress
-
+from export.engine_flavours import HARDWARE_COMPATIBLE, TIMING_CACHE, VERSION_COMPATIBLE, WORKSPACE, TensorRT
+from export.engine_log import Messages, errors_of, recorded_messages, without_driver_errors
+from export.engine_plan import EngineLayer, read_layers
+from export.engine_progress import Display, build_monitor, run_stoppable
+from export.engine_targets import Target, resolve_target, set_capabilities
 from export.errors import ExportError
-from runtime.errors import BackendError
 from runtime.manifest import INPUT_NAME, OUTPUTS, ProfileSpec
 
-INSTALL = 'pip install "ntf-toolkit[rtx]" (builds without a GPU) or "ntf-toolkit[trt]" from NVIDIA\'s index'
-PORTABLE = "portable"
-# Turing has no FP32 matrix product in TensorRT-RTX, and the score layers are FP32 at every precision.
-_REFUSED_TARGETS = ("SM75",)
-_MODULES: tuple[tuple[str, Literal["trt", "rtx"]], ...] = (("tensorrt", "trt"), ("tensorrt_rtx", "rtx"))
-_LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)$", re.MULTILINE)
-_DATATYPE = re.compile(r"Datatype: (\w+)")
-_NO_DRIVER = re.compile(r"\s*\(?cudaError\w* 35[^.]*\.?\)?|CUDA initialization failure with error: 35[^.]*\.?")
+_INPUT_RANK = 4
 
 
 @dataclass(frozen=True)
-class TensorRT:
-    """An installed TensorRT.
+class EngineSettings:
+    """How an engine is built, besides its graph and its batches.
 
     Attributes:
-        module: the Python module.
-        flavour: "trt", whose engines fit the GPU they were built on, or "rtx", which names its targets.
-        version: of the module.
+        target: see `export.engine_targets.resolve_target`.
+        workspace_mib: limit of the memory that a layer may use beside its tensors, in MiB; None leaves it to TensorRT.
+        timing_cache: file that measured kernel times are kept in between builds; None keeps none.
+        version_compatible: build an engine that newer versions of TensorRT run too.
+        hardware_compatible: build an engine that runs on Ampere and every newer GPU.
     """
 
-    module: Any
-    flavour: Literal["trt", "rtx"]
-    version: str
-
-    @property
-    def builder(self) -> str:
-        """Module and version, as the manifest names them."""
-        return f"{self.module.__name__} {self.version}"
-
-
-@dataclass(frozen=True)
-class EngineLayer:
-    """One layer of a built engine, as the build log lists it: name, kind and the data types it reads and writes."""
-
-    name: str
-    kind: str
-    input_types: tuple[str, ...]
-    constant_types: tuple[str, ...]
-    output_types: tuple[str, ...]
+    target: str | None = None
+    workspace_mib: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,36 +47,40 @@ class BuiltEngine:
     content: bytes
     flavour: Literal["trt", "rtx"]
     builder: str
-    target: str
-    targets: tuple[str, ...]
+    target: Target
     profile: ProfileSpec
     layers: tuple[EngineLayer, ...]
     build_seconds: float
 
 
-def find_tensorrt() -> TensorRT:
-    """The first of `tensorrt`, `tensorrt_rtx` that imports.
+def check_settings(tensorrt: TensorRT, settings: EngineSettings) -> None:
+    """Refuse what this TensorRT does not have, or what makes no sense.
 
     Raises:
-        BackendError: neither does; the message says what to install.
+        ExportError: with the reason.
     """
-    reasons = []
-    for name, flavour in _MODULES:
-        try:
-            module = importlib.import_module(name)
-            return TensorRT(module, flavour, str(module.__version__))
-        except (ImportError, OSError, AttributeError) as error:  # a stub package, or libraries that do not load
-            reasons.append(f"{name}: {error}")
-    raise BackendError(
-        "TensorRT",
-        got=f"no module that imports ({'; '.join(reasons)})",
-        wanted="tensorrt or tensorrt_rtx",
-        remedy=INSTALL,
-    )
+    asked = {
+        VERSION_COMPATIBLE: settings.version_compatible,
+        HARDWARE_COMPATIBLE: settings.hardware_compatible,
+        TIMING_CACHE: settings.timing_cache is not None,
+    }
+    for option, reason in tensorrt.flavour.lacks.items():
+        if asked.get(option):
+            got = f"{tensorrt.builder}, where {reason}"
+            raise ExportError(option, got=got, wanted="a builder that has it", remedy="leave the option out")
+    if settings.workspace_mib is not None and settings.workspace_mib < 1:
+        got = f"{settings.workspace_mib} MiB"
+        raise ExportError(WORKSPACE, got=got, wanted="at least 1 MiB", remedy="leave it out to set no limit")
 
 
 def engine_from_onnx(
-    model: bytes, profile: ProfileSpec, *, tensorrt: TensorRT, label: str, progress: Progress | None = None
+    model: bytes,
+    profile: ProfileSpec,
+    *,
+    tensorrt: TensorRT,
+    label: str,
+    settings: EngineSettings | None = None,
+    display: Display | None = None,
 ) -> BuiltEngine:
     """Engine of a strongly typed network: its types are those of the graph.
 
@@ -105,176 +88,115 @@ def engine_from_onnx(
         model: content of an .onnx file that keeps the graph contract.
         profile: smallest, preferred and largest batch.
         tensorrt: from `find_tensorrt`.
-        label: what is built, for messages and the progress bar.
-        progress: shows the build's phases.
+        label: what is built, for messages.
+        settings: how; None takes the defaults.
+        display: shows the build's phases.
 
     Raises:
-        ExportError: the graph does not parse, lacks the contract's outputs, or does not build.
+        ExportError: the builder lacks a setting or the target, or the graph does not parse, lacks the contract's inputs
+            and outputs, or does not build.
+        KeyboardInterrupt: Ctrl-C stopped the build.
     """
-    trt, log = tensorrt.module, _logger(tensorrt.module)
-    with _recording(log) as lines:
+    trt, settings = tensorrt.module, settings or EngineSettings()
+    check_settings(tensorrt, settings)
+    target = resolve_target(tensorrt, settings.target, hardware_compatible=settings.hardware_compatible)
+    with recorded_messages(trt) as (log, messages):
         builder = trt.Builder(log)
-        network = _parse(trt, builder, log, model, lines, label)
+        network = _parsed(tensorrt, builder, log, model, messages, label)
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        _add_profile(builder, config, network, profile, label)
-        target, targets = _set_targets(tensorrt, config)
-        monitor = _monitor(trt)(progress, label) if progress is not None else None
-        if monitor is not None:
-            config.progress_monitor = monitor
+        _add_profile(builder, config, network, profile, messages, label)
+        set_capabilities(tensorrt, config, target)
+        _apply(trt, config, settings)
+        monitor = config.progress_monitor = build_monitor(trt, label, display)
         started = time.perf_counter()
-        engine = builder.build_serialized_network(network, config)
+        engine = run_stoppable(lambda: builder.build_serialized_network(network, config), monitor)
         seconds = time.perf_counter() - started
         if engine is None:
-            raise _refusal(label, _errors(lines) or "no engine and no message", "an engine")
-        return BuiltEngine(
-            content=bytes(engine),
-            flavour=tensorrt.flavour,
-            builder=tensorrt.builder,
-            target=target,
-            targets=targets,
-            profile=profile,
-            layers=read_layers(lines),
-            build_seconds=seconds,
-        )
+            raise _refusal(label, errors_of(messages) or "no engine and no message", "an engine")
+        if settings.timing_cache is not None:
+            _keep_timings(config, settings.timing_cache)
+        layers = read_layers(messages)
+    return BuiltEngine(bytes(engine), tensorrt.flavour.kind, tensorrt.builder, target, profile, layers, seconds)
 
 
-def read_layers(messages: list[tuple[str, str]]) -> tuple[EngineLayer, ...]:
-    """Layers of an engine from the messages of a build with detailed profiling."""
-    plan = next((text for _, text in reversed(messages) if text.startswith("Layers:")), "")
-    return tuple(
-        EngineLayer(
-            match["name"],
-            match["kind"],
-            _types(match["rest"], "Inputs", "Constants"),
-            _types(match["rest"], "Constants", "Outputs"),
-            _types(match["rest"], "Outputs", "TacticName"),
-        )
-        for match in _LAYER.finditer(plan)
-    )
-
-
-def _parse(trt: Any, builder: Any, log: Any, model: bytes, lines: list[tuple[str, str]], label: str) -> Any:
-    # TensorRT 11 has strongly typed networks only, and no flag for them.
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
+def _parsed(tensorrt: TensorRT, builder: Any, log: Any, model: bytes, messages: Messages, label: str) -> Any:
+    trt = tensorrt.module
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if tensorrt.flavour.typing_flag else 0
+    network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
-    # The parser says True to an empty file, so the network is looked at as well.
-    if not parser.parse(model):
-        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise _refusal(label, "; ".join(errors) or _errors(lines) or "a file it cannot parse", "an ONNX graph")
-    inputs = [network.get_input(i).name for i in range(network.num_inputs)]
+    # The parser says True to an empty file, so that is told apart before, and the network is looked at afterwards.
+    if not model or not parser.parse(model):
+        errors = "; ".join(_parser_error(parser.get_error(i)) for i in range(parser.num_errors))
+        got = errors or errors_of(messages) or ("an empty file" if not model else "a file it cannot parse")
+        raise _refusal(label, got, "an ONNX graph of operators that TensorRT has")
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
     outputs = [network.get_output(i).name for i in range(network.num_outputs)]
-    if network.num_layers == 0 or inputs != [INPUT_NAME] or sorted(outputs) != sorted(OUTPUTS):
-        got = f"{network.num_layers} layers, inputs {inputs}, outputs {outputs}"
+    names = [tensor.name for tensor in inputs]
+    if network.num_layers == 0 or names != [INPUT_NAME] or sorted(outputs) != sorted(OUTPUTS):
+        got = f"{network.num_layers} layers, inputs {names}, outputs {outputs}"
         raise _refusal(label, got, f"a network with input {INPUT_NAME} and outputs {', '.join(OUTPUTS)}")
+    shape = tuple(inputs[0].shape)
+    if len(shape) != _INPUT_RANK or shape[0] != -1:
+        raise _refusal(label, f"input {INPUT_NAME} of shape {shape}", "(N, H, W, 3) with any N")
     return network
 
 
-def _add_profile(builder: Any, config: Any, network: Any, profile: ProfileSpec, label: str) -> None:
+def _parser_error(error: Any) -> str:
+    node = f"node {error.node_name()} ({error.node_operator()}): " if error.node_operator() else ""
+    return node + without_driver_errors(error.desc())
+
+
+def _add_profile(builder: Any, config: Any, network: Any, profile: ProfileSpec, messages: Messages, label: str) -> None:
     rest = tuple(network.get_input(0).shape)[1:]
     shapes = [(size, *rest) for size in (profile.min_batch, profile.opt_batch, profile.max_batch)]
     optimization = builder.create_optimization_profile()
     optimization.set_shape(INPUT_NAME, *shapes)
     if config.add_optimization_profile(optimization) < 0:
-        raise _refusal(label, f"a refused optimization profile {shapes}", "a profile that fits the input")
+        got = f"shapes {shapes}, which TensorRT refuses ({errors_of(messages) or 'it does not say why'})"
+        raise _refusal(label, got, "an optimization profile that fits the input")
 
 
-def _set_targets(tensorrt: TensorRT, config: Any) -> tuple[str, tuple[str, ...]]:
-    """Name of the target and the compute capabilities it covers: this GPU, or all that RTX knows without one."""
-    here = _this_gpu()
-    if tensorrt.flavour == "trt":
-        return (here or "gpu", (here,) if here else ())
-    known = tensorrt.module.ComputeCapability
-    supported = [
-        str(name).lower() for name in known.__members__ if name.startswith("SM") and name not in _REFUSED_TARGETS
-    ]
-    chosen = [here] if here is not None and here in supported else supported
-    config.num_compute_capabilities = len(chosen)
-    for index, name in enumerate(chosen):
-        config.set_compute_capability(known.__members__[name.upper()], index)
-    return (chosen[0] if len(chosen) == 1 else PORTABLE), tuple(chosen)
+def _apply(trt: Any, config: Any, settings: EngineSettings) -> None:
+    if settings.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
+    if settings.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if settings.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if settings.timing_cache is not None:
+        _use_timings(config, settings.timing_cache)
 
 
-def _this_gpu() -> str | None:
-    """Compute capability of the first GPU as "sm89"; None without a GPU, or where nothing can tell."""
+def _use_timings(config: Any, path: Path) -> None:
+    if not path.parent.is_dir():  # said now, and not after the build
+        raise _timing_error(path, f"no folder {path.parent}", "a file in a folder that is there", "make the folder")
     try:
-        runtime = importlib.import_module("cuda.bindings.runtime")
-    except ImportError:
-        return None
-    error, device = runtime.cudaGetDevice()
-    if error != runtime.cudaError_t.cudaSuccess:
-        return None
-    attribute = runtime.cudaDeviceAttr
-    _, major = runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMajor, device)
-    _, minor = runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMinor, device)
-    return f"sm{major}{minor}"
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise _timing_error(path, str(error.strerror), "a readable file", "check the path") from error
+    cache = config.create_timing_cache(content)
+    if cache is None or not config.set_timing_cache(cache, False):
+        got = "a cache that TensorRT refuses: it is damaged, or of another version or GPU"
+        raise _timing_error(path, got, "one that this TensorRT wrote on this GPU", "delete it, or name another file")
 
 
-@functools.cache
-def _logger(trt: Any) -> Any:
-    """The one logger of this process: TensorRT keeps the first it is given, and a second one has crashed it."""
-
-    class Recorder(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[tuple[str, str]] | None = None
-
-        def log(self, severity: Any, message: str) -> None:
-            wanted = severity.name in ("INTERNAL_ERROR", "ERROR", "WARNING") or message.startswith("Layers:")
-            if self.lines is not None and wanted:
-                self.lines.append((severity.name, message))
-
-    return Recorder()
-
-
-@contextmanager
-def _recording(log: Any) -> Iterator[list[tuple[str, str]]]:
-    lines: list[tuple[str, str]] = []
-    log.lines = lines
+def _keep_timings(config: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.new")
     try:
-        yield lines
-    finally:
-        log.lines = None
+        temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _timing_error(
+            path, str(error.strerror), "a place to write to", "check its permissions and the free space"
+        ) from error
 
 
-@functools.cache
-def _monitor(trt: Any) -> Any:
-    class BuildProgress(trt.IProgressMonitor):  # type: ignore[misc]
-        """Shows the outermost phases of a build; called from several threads, which rich allows."""
-
-        def __init__(self, progress: Progress, label: str) -> None:
-            super().__init__()
-            self.progress, self.label = progress, label
-            self.tasks: dict[str, Any] = {}
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            if not parent:
-                self.tasks[phase] = self.progress.add_task(f"{self.label}: {phase}", total=steps)
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            if phase in self.tasks:
-                self.progress.update(self.tasks[phase], completed=step + 1)
-            return True
-
-        def phase_finish(self, phase: str) -> None:
-            task = self.tasks.pop(phase, None)
-            if task is not None:
-                self.progress.remove_task(task)
-
-    return BuildProgress
-
-
-def _types(rest: str, start: str, stop: str) -> tuple[str, ...]:
-    section = rest.partition(f"{start}: ")[2].partition(f", {stop}: ")[0]
-    return tuple(_DATATYPE.findall(section))
-
-
-def _errors(lines: list[tuple[str, str]]) -> str:
-    texts = [_NO_DRIVER.sub("", text).strip() for severity, text in lines if severity.endswith("ERROR")]
-    return "; ".join(text for text in texts if text)
+def _timing_error(path: Path, got: str, wanted: str, remedy: str) -> ExportError:
+    return ExportError(f"{TIMING_CACHE} {path}", got=got, wanted=wanted, remedy=remedy)
 
 
 def _refusal(label: str, got: str, wanted: str) -> ExportError:
-    remedy = "check the graph with onnx.checker; the ONNX files themselves are usable with --no-engine"
+    remedy = "check the graph with onnx.checker; without an engine the ONNX files are usable still"
     return ExportError(f"TensorRT engine {label}", got=got, wanted=wanted, remedy=remedy)

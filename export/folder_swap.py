@@ -55,9 +55,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise ExportError(
             str(folder),
-            got=f"a place that cannot be written ({error.strerror or error})",
-            wanted="a writable folder with room in it",
-            remedy="choose another folder, or make room",
+            got=f"{error.strerror or error} while it was written",
+            wanted="a folder beside it that can be written and has room for it",
+            remedy="free space or change the permissions, and run the command again; what was there stands as it was",
         ) from error
 
 

@@ -1,126 +1,129 @@
-"""The three ONNX graphs of a detector: FP32 from PyTorch, FP16 and INT8 rewritten from it."""
+"""The ONNX graphs of a detector: FP32 from PyTorch, FP16 and INT8 rewritten from it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx
 from onnx import ModelProto
-from rich.progress import track
 
-from export.calibration import (
-    BATCH_SIZE,
-    Batches,
-    PreparedPictures,
-    clipped_range,
-    largest_magnitudes,
-    magnitude_histograms,
-)
+from export.calibration import PreparedPictures
 from export.graph import copy_of, float_tensors, model_bytes
-from export.onnx_export import OPSET, check_contract, onnx_from_model
+from export.int8 import Int8Search, int8_within_budget
+from export.judge import Candidate, Judge
+from export.onnx_export import check_contract, input_size
 from export.precision import fp16_from_fp32, fp32_layers
-from export.quantize import (
-    QuantizationPlan,
-    float_layers,
-    int8_from_fp32,
-    plan_quantization,
-    quantized_tensors,
-    with_corrected_biases,
-)
-from runtime.manifest import Precision
-from train.model import NTFDetector
+from export.quantize import float_layers
+from export.ranges import largest_magnitudes
+from runtime.manifest import Precision, Remainder
 
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class PrecisionGraph:
-    """One ONNX graph.
+@dataclass(frozen=True, kw_only=True)
+class PrecisionGraph(Candidate):
+    """One ONNX graph that is shipped.
 
     Attributes:
-        precision: "fp32", "fp16" or "int8".
-        content: the bytes of the .onnx file.
         opset: of the graph.
         higher_precision_layers: nodes that compute in more than `precision`, each with the reason.
         evidence_shape: rows and columns of the evidence.
+        builder: program and version that made it; "" for this toolkit's own.
     """
 
-    precision: Precision
-    content: bytes
     opset: int
     higher_precision_layers: dict[str, str]
     evidence_shape: tuple[int, int]
+    builder: str = ""
 
 
-def make_graphs(
-    detector: NTFDetector,
+def reduced_graphs(
+    fp32: ModelProto,
     precisions: Iterable[Precision],
     pictures: PreparedPictures,
+    judge: Judge,
     *,
-    int8_remainder: Precision = "fp32",
+    calibrator: str = "auto",
+    smallest_share: float = 0.5,
     say: Say = lambda message: None,
-    progress: bool = False,
-) -> dict[Precision, PrecisionGraph]:
-    """The FP32 graph and those of the asked precisions, each checked against the contract.
+) -> tuple[list[PrecisionGraph], Int8Search | None]:
+    """Graphs of the asked precisions below FP32, each checked against the contract, and how INT8 was found.
+
+    INT8 comes twice, with the same integers: a CPU computes fastest with FP32 in between, a GPU with FP16.
 
     Args:
-        detector: in evaluation mode.
-        precisions: which graphs to make; FP32 is made in any case.
+        fp32: graph of the detector.
+        precisions: which graphs to make.
         pictures: what ranges are measured on.
-        int8_remainder: "fp32" or "fp16": what an INT8 graph computes in between its integer layers.
+        judge: says what an INT8 graph costs.
+        calibrator: of INT8 ranges, see `int8_within_budget`.
+        smallest_share: of the operations that must stay in INT8, see there.
         say: told what is being done.
-        progress: show a bar for each pass over the pictures.
 
     Raises:
-        ExportError: a graph breaks the contract or differs from PyTorch.
+        ExportError: a graph breaks the contract, or no INT8 graph keeps within the budget.
     """
     asked = set(precisions)
-    batches = _shown(pictures, progress=progress)
-    say("exporting the PyTorch model to ONNX")
-    model = onnx_from_model(detector)
-    models: dict[Precision, tuple[ModelProto, dict[str, str]]] = {"fp32": (model, {})}
-    if asked - {"fp32"}:
-        say(f"measuring ranges on {len(pictures)} calibration pictures")
-        largest = largest_magnitudes(model, float_tensors(model), batches)
+    if not asked & {"fp16", "int8"}:
+        return [], None
+    say(f"measuring ranges on {len(pictures)} calibration pictures")
+    largest = largest_magnitudes(fp32, float_tensors(fp32), pictures.batches)
+    wide = fp32_layers(fp32, largest)
+    graphs, search = [], None
     if "fp16" in asked:
         say("rewriting to FP16")
-        keep = fp32_layers(model, largest)
-        models["fp16"] = (fp16_from_fp32(model, keep), keep)
+        graphs.append(checked_graph("fp16", fp16_from_fp32(fp32, wide), wide))
     if "int8" in asked:
         say("quantising to INT8")
-        kept = float_layers(model)
-        quantized = quantize(model, plan_quantization(model, kept), largest, batches)
-        if int8_remainder == "fp16":
-            quantized = fp16_from_fp32(quantized, fp32_layers(model, largest))
-        models["int8"] = (quantized, kept)
-    return {name: _checked(name, graph, kept, detector) for name, (graph, kept) in models.items()}
+        model, search = int8_within_budget(
+            fp32,
+            largest,
+            pictures,
+            judge,
+            calibrator=calibrator,
+            smallest_share=smallest_share,
+            say=say,
+        )
+        graphs += int8_graphs(model, float_layers(fp32) | search.returned, wide)
+    return graphs, search
 
 
-def quantize(model: ModelProto, plan: QuantizationPlan, largest: dict[str, float], batches: Batches) -> ModelProto:
-    """INT8 graph of an FP32 one: ranges that lose least in squared error, and corrected biases.
+def int8_graphs(model: ModelProto, kept: Mapping[str, str], wide: Mapping[str, str]) -> list[PrecisionGraph]:
+    """An INT8 graph and its twin with FP16 between the integer layers.
 
     Args:
-        model: FP32 graph.
-        plan: where Q/DQ nodes go.
-        largest: largest magnitude of each activation.
-        batches: the pictures that ranges and biases are measured on.
+        model: with Q/DQ nodes and FP32 in between.
+        kept: nodes that do not compute in integers, with the reasons.
+        wide: nodes that stay FP32 in the twin as well.
     """
-    chosen = {name: largest[name] for name in quantized_tensors(model, plan)}
-    counts = magnitude_histograms(model, chosen, batches)
-    ranges = {name: clipped_range(counts[name], chosen[name]) for name in chosen}
-    quantized = int8_from_fp32(model, plan, ranges)
-    return with_corrected_biases(model, quantized, plan, batches)
+    half = checked_graph("int8", fp16_from_fp32(model, wide), kept, remainder="fp16")
+    return [checked_graph("int8", model, kept), half]
 
 
-def _shown(pictures: PreparedPictures, *, progress: bool) -> Batches:
-    total = -(-len(pictures) // BATCH_SIZE)
-    return lambda: track(pictures.batches(), "calibration pictures", total=total, disable=not progress)
+def checked_graph(
+    precision: Precision,
+    model: ModelProto,
+    kept: Mapping[str, str],
+    *,
+    remainder: Remainder = "fp32",
+    builder: str = "",
+) -> PrecisionGraph:
+    """A graph that keeps the contract, as it is shipped.
 
-
-def _checked(precision: Precision, model: ModelProto, kept: dict[str, str], detector: NTFDetector) -> PrecisionGraph:
+    Raises:
+        ExportError: it breaks the contract.
+    """
     model = copy_of(model)
-    check_contract(model, input_size=detector.input_size)
+    check_contract(model, input_size=input_size(model))
     shape = onnx.shape_inference.infer_shapes(model).graph.output[3].type.tensor_type.shape.dim
     rows, columns = (int(d.dim_value) for d in shape[1:])
-    return PrecisionGraph(precision, model_bytes(model), OPSET, kept, (rows, columns))
+    return PrecisionGraph(
+        precision,
+        model_bytes(model),
+        remainder,
+        opset=max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
+        higher_precision_layers=dict(kept),
+        evidence_shape=(rows, columns),
+        builder=builder,
+    )

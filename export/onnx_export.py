@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from export.calibration import open_session
 from export.errors import ExportError
 from export.graph import (
     attribute,
@@ -22,9 +22,11 @@ from export.graph import (
     redirect,
     remove_unused,
     set_attribute,
+    sort_nodes,
     store,
     strip_metadata,
 )
+from export.session import open_session
 from runtime.manifest import INPUT_NAME, OUTPUTS
 from train.model import NTFDetector
 
@@ -56,6 +58,7 @@ def onnx_from_model(detector: NTFDetector) -> ModelProto:
         )
     model = _trace(_with_plain_pooling(detector), detector.input_size)
     _drop_broadcast_expands(model)
+    _read_input_once(model)
     _store_weights_transposed(model)
     remove_unused(model)
     _name_nodes_by_weight(model)
@@ -90,6 +93,13 @@ def check_contract(model: ModelProto, *, input_size: tuple[int, int]) -> None:
             wanted="the contract that runtime and TensorRT rely on",
             remedy="this encoder needs work in export/onnx_export.py; choose another encoder meanwhile",
         )
+
+
+def input_size(model: ModelProto) -> tuple[int, int]:
+    """Height and width of the pictures that a graph takes, as it states them; 0 where it does not."""
+    sides = [d.dim_value for value in model.graph.input[:1] for d in value.type.tensor_type.shape.dim[1:3]]
+    height, width = sides if len(sides) == 2 else (0, 0)
+    return height, width
 
 
 def check_parity(model: ModelProto, detector: NTFDetector, *, pictures: int = 3, seed: int = 0) -> float:
@@ -178,6 +188,14 @@ def _drop_broadcast_expands(model: ModelProto) -> None:
             redirect(readers[node.output[0]], node.output[0], node.input[0])
 
 
+def _read_input_once(model: ModelProto) -> None:
+    """Let Shape read the batch size from what Cast makes of the input: TensorRT wants Cast to be the only reader."""
+    readers = consumers(model)[INPUT_NAME]
+    casts = [node for node in readers if node.op_type == "Cast"]
+    redirect([node for node in readers if node.op_type == "Shape"], INPUT_NAME, casts[0].output[0])
+    sort_nodes(model)
+
+
 def _store_weights_transposed(model: ModelProto) -> None:
     """Fold Transpose(weight) into the weight, also for the Gemm that shares it, so that it is stored once."""
     readers, tensors = consumers(model), initializers(model)
@@ -197,11 +215,20 @@ def _store_weights_transposed(model: ModelProto) -> None:
 def _name_nodes_by_weight(model: ModelProto) -> None:
     """Name each node after the layer whose weight it reads, otherwise after its operator and place."""
     used: dict[str, int] = {}
+    readers = consumers(model)
     for node in model.graph.node:
-        weights = [n for n in node.input[1:2] if n.endswith(".weight")]
-        name = weights[0].removesuffix(".weight") if weights else node.op_type
+        layer = _layer_name(node, readers)
+        name = layer or node.op_type
         count = used[name] = used.get(name, 0) + 1
-        node.name = name if weights and count == 1 else f"{name}_{count}"
+        node.name = name if layer and count == 1 else f"{name}_{count}"
+
+
+def _layer_name(node: NodeProto, readers: Mapping[str, list[NodeProto]]) -> str | None:
+    """Name of the layer that a node is: by its weight, or by the bias that is added to a product with a folded one."""
+    after = readers.get(node.output[0], []) if node.op_type == "MatMul" else []
+    named = [*node.input[1:2], *(name for reader in after[:1] if reader.op_type == "Add" for name in reader.input)]
+    found = (name.rpartition(".")[0] for name in named if name.endswith((".weight", ".bias")))
+    return next(found, None)
 
 
 def _inputs(model: ModelProto) -> list[tuple[str, int, list[int]]]:

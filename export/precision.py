@@ -54,7 +54,8 @@ def pixel_layers(model: ModelProto) -> dict[str, str]:
     for node in model.graph.node:
         if touched.intersection(node.input) and node.op_type not in LAYER_OPS:
             kept[node.name] = PIXEL_REASON
-            touched.update(node.output)
+            if node.op_type != "Shape":  # the size of the batch is no pixel
+                touched.update(node.output)
     return kept
 
 

@@ -7,7 +7,8 @@ Weights are stored as integers behind a DequantizeLinear, so the file is about a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from export.calibration import Batches, open_session
+from export.calibration import Batches
 from export.graph import (
     attribute,
     consumers,
@@ -29,6 +30,7 @@ from export.graph import (
     with_outputs,
 )
 from export.precision import LAYER_OPS, pixel_layers, score_layers
+from export.session import open_session
 from runtime.manifest import INPUT_NAME
 
 ACTIVATION_LEVELS = 127  # of -127..127; -128 is left out so that the scale is symmetric
@@ -52,6 +54,22 @@ class QuantizationPlan:
     layers: tuple[str, ...]
     shortcuts: tuple[tuple[str, str], ...]
 
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Names of all nodes that the plan touches, in graph order of their kinds."""
+        return self.layers + tuple(name for name, _ in self.shortcuts)
+
+    def only(self, names: Collection[str]) -> QuantizationPlan:
+        """The part of the plan that these nodes are."""
+        return QuantizationPlan(
+            tuple(name for name in self.layers if name in names),
+            tuple((name, tensor) for name, tensor in self.shortcuts if name in names),
+        )
+
+    def without(self, names: Collection[str]) -> QuantizationPlan:
+        """The plan with these nodes left in floating point."""
+        return self.only([name for name in self.units if name not in set(names)])
+
 
 def float_layers(model: ModelProto) -> dict[str, str]:
     """Nodes that an INT8 graph computes in floating point, each with the reason."""
@@ -60,7 +78,10 @@ def float_layers(model: ModelProto) -> dict[str, str]:
 
 
 def plan_quantization(model: ModelProto, keep: Mapping[str, str]) -> QuantizationPlan:
-    """All layers with stored weights and all residual additions, except the nodes of `keep`."""
+    """All layers with stored weights and the additions of residual convolutions, except the nodes of `keep`.
+
+    A transformer's residual stream stays in floating point: a few of its channels are far larger than the rest.
+    """
     stored, readers, makers = initializers(model), consumers(model), producers(model)
     layers, shortcuts = [], []
     for node in model.graph.node:
@@ -68,7 +89,7 @@ def plan_quantization(model: ModelProto, keep: Mapping[str, str]) -> Quantizatio
             continue
         if node.op_type in LAYER_OPS and node.input[1] in stored and len(stored[node.input[1]].dims) > 1:
             layers.append(node.name)
-        elif node.op_type == "Add" and not stored.keys() & set(node.input):
+        elif node.op_type == "Add" and any(makers[i].op_type == "Conv" for i in node.input if i in makers):
             shortcuts.append((node.name, _shortcut(node, readers, makers)))
     return QuantizationPlan(tuple(layers), tuple(shortcuts))
 
@@ -80,13 +101,19 @@ def quantized_tensors(model: ModelProto, plan: QuantizationPlan) -> list[str]:
     return [name for node in model.graph.node for name in node.output if name in chosen]
 
 
-def int8_from_fp32(model: ModelProto, plan: QuantizationPlan, ranges: Mapping[str, float]) -> ModelProto:
+def int8_from_fp32(
+    model: ModelProto,
+    plan: QuantizationPlan,
+    ranges: Mapping[str, float],
+    corrections: Mapping[str, NDArray[np.float64]] | None = None,
+) -> ModelProto:
     """Graph with Q/DQ nodes; every scale is a float16 number, so an FP16 rewrite keeps them exact.
 
     Args:
         model: FP32 graph; batch norms must be folded already.
         plan: from `plan_quantization`.
         ranges: magnitude at which each tensor of `quantized_tensors` is clipped.
+        corrections: from `bias_corrections`; those of layers outside the plan are not used.
     """
     quantized = copy_of(model)
     by_name = {node.name: node for node in quantized.graph.node}
@@ -95,6 +122,8 @@ def int8_from_fp32(model: ModelProto, plan: QuantizationPlan, ranges: Mapping[st
         node = by_name[name]
         _read_quantized(quantized, node, str(node.input[0]), ranges, made)
         _quantize_weight(quantized, node, made)
+        if corrections and name in corrections:
+            _correct_bias(quantized, node, corrections[name])
     for name, tensor in plan.shortcuts:
         _read_quantized(quantized, by_name[name], tensor, ranges, made)
     insert_nodes(quantized, made.values())
@@ -102,55 +131,98 @@ def int8_from_fp32(model: ModelProto, plan: QuantizationPlan, ranges: Mapping[st
     return quantized
 
 
-def with_corrected_biases(
-    model: ModelProto, quantized: ModelProto, plan: QuantizationPlan, batches: Batches
-) -> ModelProto:
-    """The INT8 graph with the mean error that quantising adds to each convolution's channels taken out of its bias.
+@dataclass(frozen=True)
+class LayerError:
+    """What quantising one convolution alone does to its own output, its inputs being those of FP32.
 
-    The local, measured form of bias correction (Nagel et al. 2019, arXiv:1906.04721, section 4.2): each
-    quantised layer is fed the FP32 activations, so all errors are measured in one pass.
+    Attributes:
+        mean: (channels,) mean error of the output, FP32 minus INT8.
+        sqnr_db: signal to quantisation noise of the output in decibels, after the mean error is taken out.
+    """
+
+    mean: NDArray[np.float64]
+    sqnr_db: float
+
+
+def layer_errors(
+    model: ModelProto, plan: QuantizationPlan, ranges: Mapping[str, float], batches: Batches
+) -> dict[str, LayerError]:
+    """Error of each quantised convolution by itself, all measured in one pass.
 
     Args:
-        model: FP32 graph that `quantized` was made from.
-        quantized: from `int8_from_fp32`.
-        plan: the same plan.
+        model: FP32 graph.
+        plan: where Q/DQ nodes go.
+        ranges: magnitude at which each tensor is clipped.
         batches: calibration pictures.
     """
     layers = [n for n in model.graph.node if n.name in set(plan.layers) and n.op_type == "Conv" and len(n.input) == 3]
     if not layers:
-        return quantized
-    session = open_session(_error_probe(model, quantized, layers))
-    errors: list[NDArray[np.float64]] = [np.zeros(1) for _ in layers]
+        return {}
+    session = open_session(_error_probe(model, int8_from_fp32(model, plan, ranges), layers))
+    sums: list[NDArray[np.float64]] = []
     pictures = 0
     for images in batches():
-        found = session.run(None, {INPUT_NAME: images})
-        errors = [total + len(images) * np.asarray(e, np.float64) for total, e in zip(errors, found, strict=True)]
+        found = [len(images) * np.asarray(value, np.float64) for value in session.run(None, {INPUT_NAME: images})]
+        sums = [total + value for total, value in zip(sums, found, strict=True)] if sums else found
         pictures += len(images)
-    corrected = copy_of(quantized)
-    biases = initializers(quantized)
-    for layer, error in zip(layers, errors, strict=True):
-        bias = numpy_helper.to_array(biases[layer.input[2]]) + error / pictures
-        store(corrected, layer.input[2], bias.astype(np.float32))
-    return corrected
+    means = [total / pictures for total in sums]
+    return {
+        layer.name: LayerError(mean, sqnr_db(float(signal), float(np.mean(square - mean**2))))
+        for layer, mean, square, signal in zip(layers, means[::3], means[1::3], means[2::3], strict=True)
+    }
+
+
+def bias_corrections(errors: Mapping[str, LayerError]) -> dict[str, NDArray[np.float64]]:
+    """What is added to each convolution's bias so that quantising does not shift its channels.
+
+    The local, measured form of bias correction (Nagel et al. 2019, arXiv:1906.04721, section 4.2).
+    """
+    return {name: error.mean for name, error in errors.items()}
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal to quantisation noise in decibels of two mean squares; infinite without noise."""
+    if noise <= 0:
+        return math.inf
+    return 10 * math.log10(max(signal, float(np.finfo(float).tiny)) / noise)
 
 
 def _error_probe(model: ModelProto, quantized: ModelProto, layers: list[NodeProto]) -> ModelProto:
-    """FP32 graph whose outputs are each layer's mean output minus that of its quantised twin, per channel."""
+    """FP32 graph with three outputs a layer.
+
+    Mean and mean square, per channel, of its output minus that of its quantised twin; mean square of its output.
+    """
     probe = copy_of(model)
     present = initializers(model)
     probe.graph.initializer.extend(t for t in quantized.graph.initializer if t.name not in present)
     axes = store(probe, "probe.axes", np.array([0, 2, 3]))
     nodes = [n for n in quantized.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
     by_name = {node.name: node for node in quantized.graph.node}
+    outputs = []
     for layer in layers:
-        twin, difference, error = (f"{layer.name}.{part}" for part in ("twin", "difference", "error"))
+        twin, difference, error, square, power, signal = (
+            f"{layer.name}.{part}" for part in ("twin", "difference", "error", "square", "power", "signal")
+        )
         copied = NodeProto.FromString(by_name[layer.name].SerializeToString())
         copied.name = copied.output[0] = twin
-        nodes.append(copied)
-        nodes.append(onnx.helper.make_node("Sub", [layer.output[0], twin], [difference]))
-        nodes.append(onnx.helper.make_node("ReduceMean", [difference, axes], [error], keepdims=0))
+        make = onnx.helper.make_node
+        nodes += [
+            copied,
+            make("Sub", [layer.output[0], twin], [difference]),
+            make("ReduceMean", [difference, axes], [error], keepdims=0),
+            make("Mul", [difference, difference], [f"{square}.map"]),
+            make("ReduceMean", [f"{square}.map", axes], [square], keepdims=0),
+            make("Mul", [layer.output[0], layer.output[0]], [power]),
+            make("ReduceMean", [power], [signal], keepdims=0),
+        ]
+        outputs += [error, square, signal]
     insert_nodes(probe, nodes)
-    return with_outputs(probe, [f"{layer.name}.error" for layer in layers])
+    return with_outputs(probe, outputs)
+
+
+def _correct_bias(model: ModelProto, node: NodeProto, correction: NDArray[np.float64]) -> None:
+    bias = numpy_helper.to_array(initializers(model)[node.input[2]])
+    store(model, node.input[2], (bias + correction).astype(np.float32))
 
 
 def _shortcut(node: NodeProto, readers: Mapping[str, list[NodeProto]], makers: Mapping[str, NodeProto]) -> str:

@@ -1,348 +1,64 @@
-"""Export a trained run: `python -m export.trt --int8` (or `--fp16`, `--fp32`; none of them means all three).
+"""Export a trained run, or build engines from a bundle: `python -m export.trt --int8` (or `--fp16`, `--fp32`).
 
-Leaves a model bundle: the ONNX graphs, a TensorRT engine for each precision where TensorRT is installed, golden
-inputs and the manifest with calibration and parity figures.
+A run becomes a model bundle: the ONNX graphs, a TensorRT engine for each precision where TensorRT is installed, golden
+inputs and the manifest with calibration and parity figures. That needs the `train` and `export` extras.
+
+    python -m export.trt --run runs/demo --int8
+
+A bundle gets engines from its ONNX graphs, on the machine where they will run. That needs numpy and TensorRT alone.
+
+    python -m export.trt --model models/demo --int8
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib import metadata
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Sequence
 
-import numpy as np
-import tyro
-from rich.console import Console
-from rich.progress import Progress, track
-
-from export.bundling import (
-    GOLDEN_FILE,
-    engine_file,
-    existing_bundle,
-    golden_content,
-    golden_images,
-    golden_spec,
-    kept_artifacts,
-    onnx_file,
-    sorted_artifacts,
-    write_bundle,
-)
-from export.calibration import PICTURE_LIMIT, PreparedPictures, calibration_pictures
-from export.engine import BuiltEngine, engine_from_onnx, find_tensorrt
-from export.errors import ExportError
-from export.graphs import PrecisionGraph, make_graphs
-from export.parity import (
-    LIMITS,
-    Labels,
-    Logits,
-    centred_thresholds,
-    collect_logits,
-    compare_logits,
-    opened_backends,
-    running_backends,
-)
-from export.report import parity_table
-from export.run_inputs import RunInputs, load_run
-from runtime.backends import Backend
+from export.trt_options import Options, parse_options
 from runtime.bundle import Bundle
-from runtime.errors import BackendError, NTFError
-from runtime.manifest import (
-    LABELS,
-    OUTPUTS,
-    PRECISIONS,
-    SCHEMA_VERSION,
-    ArtifactSpec,
-    CalibrationSpec,
-    ModelManifest,
-    ParitySpec,
-    Precision,
-    ProfileSpec,
-)
-from train.checkpoint import newest_run
-from train.metrics import fit_calibration
-from train.provenance import tool_commit, tool_version
+from runtime.errors import NTFError
+from runtime.manifest import MANIFEST_FILE
 
-MODELS = Path("models")
-BATCH_SIZE = 16
-
-
-@dataclass(frozen=True)
-class Options:
-    """Export a run to ONNX and TensorRT at the asked precisions; none asked means all three."""
-
-    int8: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """INT8 with Q/DQ nodes, calibrated on the run's validation pictures."""
-    fp16: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """FP16; the L2 norms and what follows them stay FP32."""
-    fp32: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """FP32. Its ONNX graph is always written, since the others derive from it."""
-    run: Path | None = None
-    """Run folder; default: the newest in runs/."""
-    model: Path | None = None
-    """Bundle folder to write; default: models/<name of the run>."""
-    data: Path | None = None
-    """Folder or CSV whose val split is used instead of the run's own."""
-    engine: bool = True
-    """Build TensorRT engines; --no-engine stops after the ONNX graphs."""
-    int8_remainder: Literal["fp32", "fp16"] = "fp32"
-    """Between INT8 layers: fp32 keeps onnxruntime's integer kernels on a CPU, fp16 is for GPUs only."""
-    calibration_pictures: int = PICTURE_LIMIT
-    """Largest number of validation pictures that INT8 ranges are measured on."""
-    min_batch: int = 1
-    """Smallest batch of an engine."""
-    opt_batch: int = 8
-    """Batch that an engine is optimised for."""
-    max_batch: int = 64
-    """Largest batch of an engine."""
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    options = tyro.cli(Options, prog="python -m export.trt", args=arguments)
+    options = parse_options(arguments)
     try:
-        export_run(options)
+        if builds_from_bundle(options):
+            build_bundle_engines(options)
+        else:
+            export_run(options)
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; an earlier bundle stands as it was", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
+def builds_from_bundle(options: Options) -> bool:
+    """Whether engines are built into the bundle that --model names; otherwise a run is exported."""
+    if options.run is not None or options.model is None:
+        return False
+    return options.model.is_file() or (options.model / MANIFEST_FILE).is_file()
+
+
 def export_run(options: Options) -> Bundle:
-    """The bundle of a run, written and read back.
+    """The bundle of a run; see `export.run_export.export_run`."""
+    from export.run_export import export_run as export  # torch and onnx: needed for this mode alone
 
-    Raises:
-        NTFError: whatever was wrong, in a full sentence; an earlier bundle stands as it was.
-    """
-    profile = ProfileSpec(options.min_batch, options.opt_batch, options.max_batch)
-    precisions = asked_precisions(options)
-    run = options.run or newest_run()
-    folder = options.model or MODELS / run.resolve().name
-    console = Console(markup=False, soft_wrap=True)  # "[rtx]" and file names are not markup
-    console.print(f"exporting {run} to {folder}: {', '.join(precisions)}")
-    inputs = load_run(run, data=options.data)
-    old = existing_bundle(folder, inputs.checkpoint_sha256)
-
-    pictures = calibration_pictures(inputs.validation, inputs.spec, limit=options.calibration_pictures)
-    graphs = make_graphs(
-        inputs.detector, precisions, pictures, int8_remainder=options.int8_remainder, say=console.print, progress=True
-    )
-    engines = build_engines(options, graphs, precisions, profile, console)
-    contents: dict[Precision, bytes] = {name: graph.content for name, graph in graphs.items()}
-    kept = kept_artifacts(old, precisions, contents)
-    contents |= {artifact.precision: content for artifact, content in kept if artifact.format == "onnx"}
-
-    draft = draft_manifest(folder.name, inputs, graphs["fp32"].evidence_shape)
-    with opened_backends(contents, draft, running_backends()) as backends:
-        calibration, parity = measure(inputs, backends)
-        golden = golden_content(golden_images(inputs.spec.height, inputs.spec.width), reference_backends(backends))
-
-    files = {artifact.file: content for artifact, content in kept}
-    artifacts = [replace(a, parity=parity.get(a.precision, ()) if a.format == "onnx" else ()) for a, _ in kept]
-    for graph in graphs.values():
-        artifacts.append(onnx_artifact(graph, parity.get(graph.precision, ())))
-        files[artifacts[-1].file] = graph.content
-    for precision, engine in engines.items():
-        artifacts.append(engine_artifact(precision, engine, graphs[precision]))
-        files[artifacts[-1].file] = engine.content
-    files[GOLDEN_FILE] = golden
-    manifest = replace(
-        draft, calibration=calibration, artifacts=sorted_artifacts(artifacts), golden=golden_spec(golden)
-    )
-    bundle = write_bundle(folder, manifest, files)
-    report(console, bundle)
-    return bundle
+    return export(options)
 
 
-def asked_precisions(options: Options) -> list[Precision]:
-    """The precisions that were asked for, widest first; all of them when none was."""
-    asked: dict[Precision, bool] = {"fp32": options.fp32, "fp16": options.fp16, "int8": options.int8}
-    return [name for name, wanted in asked.items() if wanted or not any(asked.values())]
+def build_bundle_engines(options: Options) -> Bundle:
+    """The bundle with engines built from its graphs; see `export.bundle_engines.build_bundle_engines`."""
+    from export.bundle_engines import build_bundle_engines as build
 
-
-def build_engines(
-    options: Options,
-    graphs: Mapping[Precision, PrecisionGraph],
-    precisions: Sequence[Precision],
-    profile: ProfileSpec,
-    console: Console,
-) -> dict[Precision, BuiltEngine]:
-    """An engine for each asked precision; none where TensorRT is missing, which is said, or not wanted."""
-    if not options.engine:
-        return {}
-    try:
-        tensorrt = find_tensorrt()
-    except BackendError as error:
-        console.print(
-            f"no engines: TensorRT is not installed; the ONNX graphs are complete without it.\n  {error.remedy}"
-        )
-        return {}
-    engines: dict[Precision, BuiltEngine] = {}
-    with Progress(console=console) as progress:
-        for name in precisions:
-            engine = engine_from_onnx(
-                graphs[name].content, profile, tensorrt=tensorrt, label=f"{name} engine", progress=progress
-            )
-            console.print(
-                f"{name} engine by {engine.builder} in {engine.build_seconds:.1f} s: {len(engine.layers)} layers, "
-                f"{len(engine.content) / 1e6:.1f} MB, for {', '.join(engine.targets) or 'this GPU'}"
-            )
-            engines[name] = engine
-    return engines
-
-
-def measure(
-    inputs: RunInputs, backends: Mapping[tuple[str, str], Backend]
-) -> tuple[dict[str, CalibrationSpec], dict[str, tuple[ParitySpec, ...]]]:
-    """Calibration of each precision from its own logits, and its parity with PyTorch on every back-end.
-
-    Raises:
-        ExportError: no back-end runs here.
-    """
-    if not backends:
-        raise ExportError(
-            "export",
-            got="no back-end that runs here",
-            wanted="onnxruntime or openvino, to check what was exported",
-            remedy='pip install "ntf-toolkit[export]"',
-        )
-    pictures = PreparedPictures(inputs.validation, inputs.spec, inputs.validation_sha256)
-    batches = track(
-        pictures.batches(BATCH_SIZE),
-        f"comparing with PyTorch on {len(pictures)} pictures",
-        total=-(-len(pictures) // BATCH_SIZE),
-    )
-    reference, scored = collect_logits(inputs.detector, backends, batches)
-    labels = np.array([record.label for record in inputs.validation.records])
-    calibration: dict[str, CalibrationSpec] = {}
-    parity: dict[str, tuple[ParitySpec, ...]] = {}
-    for (precision, backend), logits in scored.items():
-        if precision not in calibration:
-            fitted_on = reference_logits(scored, precision)
-            calibration[precision] = fit_precision(fitted_on, labels, inputs.calibration)
-        figures = compare_logits(
-            logits,
-            reference,
-            labels,
-            calibration=calibration[precision],
-            reference_calibration=centred_thresholds(inputs.calibration, reference),
-            backend=backend,
-            limits=LIMITS[precision],
-        )
-        parity[precision] = (*parity.get(precision, ()), figures)
-    return calibration, parity
-
-
-def fit_precision(logits: Logits, labels: Labels, run: CalibrationSpec) -> CalibrationSpec:
-    """Calibration of one precision for the rates and the rule that the run chose."""
-    fitted = fit_calibration(
-        logits,
-        labels,
-        real_flagged_rate=run.real_flagged_rate,
-        fake_missed_rate=run.fake_missed_rate,
-        rule=run.threshold_rule,
-    )
-    return centred_thresholds(fitted, logits)
-
-
-def reference_logits(scored: Mapping[tuple[str, str], Logits], precision: str) -> Logits:
-    """Logits that a precision is calibrated on: onnxruntime's where it runs, which is everywhere else too."""
-    mine = {backend: logits for (name, backend), logits in scored.items() if name == precision}
-    return mine.get("onnxruntime", next(iter(mine.values())))
-
-
-def reference_backends(backends: Mapping[tuple[str, str], Backend]) -> dict[str, Backend]:
-    """The back-end of each precision that golden outputs come from."""
-    chosen: dict[str, Backend] = {}
-    for (precision, name), backend in backends.items():
-        if precision not in chosen or name == "onnxruntime":
-            chosen[precision] = backend
-    return chosen
-
-
-def draft_manifest(name: str, inputs: RunInputs, evidence_shape: tuple[int, int]) -> ModelManifest:
-    """Manifest without artifacts, enough for back-ends to check a graph against."""
-    detector = inputs.detector
-    return ModelManifest(
-        schema_version=SCHEMA_VERSION,
-        name=name,
-        encoder=detector.encoder_name,
-        preprocess=inputs.spec,
-        labels=LABELS,
-        outputs=OUTPUTS,
-        embedding_dim=detector.embedding_dim,
-        evidence_shape=evidence_shape,
-        calibration=dict.fromkeys(PRECISIONS, inputs.calibration),
-        mean_trace=tuple(float(value) for value in detector.mean_trace),
-        artifacts=(),
-        golden=None,
-        checkpoint_sha256=inputs.checkpoint_sha256,
-        training_data_sha256=inputs.training_data_sha256,
-        calibration_data_sha256=inputs.validation_sha256,
-        calibration_pictures=len(inputs.validation),
-        tool_version=tool_version(),
-        tool_commit=tool_commit(),
-    )
-
-
-def onnx_artifact(graph: PrecisionGraph, parity: tuple[ParitySpec, ...]) -> ArtifactSpec:
-    """What the manifest says of an ONNX graph."""
-    return ArtifactSpec(
-        file=onnx_file(graph.precision),
-        format="onnx",
-        precision=graph.precision,
-        sha256=hashlib.sha256(graph.content).hexdigest(),
-        size_bytes=len(graph.content),
-        opset=graph.opset,
-        profile=None,
-        flavour=None,
-        targets=(),
-        builder=f"torch.onnx {metadata.version('torch').partition('+')[0]}",
-        versions={name: metadata.version(name) for name in ("onnx", "onnxscript", "timm")},
-        higher_precision_layers=graph.higher_precision_layers,
-        parity=parity,
-    )
-
-
-def engine_artifact(precision: Precision, engine: BuiltEngine, graph: PrecisionGraph) -> ArtifactSpec:
-    """What the manifest says of an engine; its parity is empty, because it was not run."""
-    return ArtifactSpec(
-        file=engine_file(precision, engine.flavour, engine.target),
-        format="engine",
-        precision=precision,
-        sha256=hashlib.sha256(engine.content).hexdigest(),
-        size_bytes=len(engine.content),
-        opset=None,
-        profile=engine.profile,
-        flavour=engine.flavour,
-        targets=engine.targets,
-        builder=engine.builder,
-        versions={"onnx_sha256": hashlib.sha256(graph.content).hexdigest()},
-        higher_precision_layers=graph.higher_precision_layers,
-        parity=(),
-    )
-
-
-def report(console: Console, bundle: Bundle) -> None:
-    """Print what was written, and a warning for each precision outside its limits."""
-    by_precision = sorted(bundle.manifest.artifacts, key=lambda a: PRECISIONS.index(a.precision))
-    console.print(parity_table([(a.precision, parity) for a in by_precision for parity in a.parity]))
-    for artifact in bundle.manifest.artifacts:
-        console.print(f"  {artifact.file}  {artifact.size_bytes / 1e6:.1f} MB")
-        for parity in artifact.parity:
-            if not parity.passed:
-                console.print(
-                    f"warning: {artifact.file} on {parity.backend} is outside its limits; backend='auto' will not "
-                    f"choose it. See python -m export.verify --model {bundle.location}",
-                    style="bold yellow",
-                )
-    console.print(f"model bundle: {bundle.location}")
+    return build(options)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from runtime.errors import BundleError
 from runtime.manifest import (
     MANIFEST_FILE,
     ArtifactSpec,
-    GoldenSpec,
     ModelManifest,
+    PicturesSpec,
     manifest_from_json,
     manifest_to_json,
 )
 
-FileSpec: TypeAlias = "ArtifactSpec | GoldenSpec"
+FileSpec: TypeAlias = "ArtifactSpec | PicturesSpec"
 
 # A manifest is some tens of kilobytes; anything near this is not one.
 _MAX_MANIFEST_BYTES = 16 << 20

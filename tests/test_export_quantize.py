@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
-from exported import ENCODERS, batches, detector, fp32_graph, graphs, images, magnitudes, run_graph
+from exported import ENCODERS, batches, detector, fp32_graph, graphs, images, quantizer, run_graph
 from onnx import TensorProto, helper, numpy_helper
 
-from export.calibration import open_session
-from export.graph import consumers, initializers, model_bytes, producers
-from export.graphs import quantize
+from export.graph import consumers, initializers, model_bytes, producers, with_outputs
 from export.onnx_export import check_contract, torch_outputs
 from export.precision import LAYER_OPS
 from export.quantize import (
     SMALLEST_SCALE,
     STEM_REASON,
     WEIGHT_LEVELS,
+    QuantizationPlan,
     float16_scale,
     float_layers,
     int8_from_fp32,
+    layer_errors,
     plan_quantization,
-    quantized_tensors,
     quantized_weight,
-    with_corrected_biases,
+    sqnr_db,
 )
+from export.session import open_session
 
 
 def plan_of(encoder):
@@ -162,19 +164,52 @@ def test_fp16_remainder_keeps_the_integers_and_scales_of_the_fp32_one():
 
 
 def test_corrected_biases_bring_the_graph_nearer_to_pytorch():
-    encoder = "test_efficientnet"
-    plan = plan_of(encoder)
-    ranges = {name: magnitudes(encoder)[name] for name in quantized_tensors(fp32_graph(encoder), plan)}
-    plain = int8_from_fp32(fp32_graph(encoder), plan, ranges)
-    corrected = with_corrected_biases(fp32_graph(encoder), plain, plan, batches)
-    assert embedding_error(corrected, encoder) < 0.9 * embedding_error(plain, encoder)
+    made = quantizer("test_efficientnet")
+    plain = int8_from_fp32(made.model, made.plan, made.ranges)
+    corrected = made.graph(made.plan)
+    assert embedding_error(corrected, "test_efficientnet") < 0.9 * embedding_error(plain, "test_efficientnet")
+
+
+def test_the_error_of_a_layer_is_that_of_its_output_alone():
+    made = quantizer("test_resnet")
+    name = list(made.errors)[3]
+    node = next(node for node in made.model.graph.node if node.name == name)
+    alone = int8_from_fp32(made.model, made.plan.only([name]), made.ranges)
+    wanted, found = (
+        open_session(with_outputs(model, [node.output[0]])).run(None, {"images": images()})[0]
+        for model in (made.model, alone)
+    )
+    error = made.errors[name]
+    np.testing.assert_allclose(error.mean, (wanted - found).mean((0, 2, 3)), atol=1e-4)
+    noise = np.square(wanted - found).mean((0, 2, 3)) - error.mean**2
+    assert error.sqnr_db == pytest.approx(10 * np.log10(np.square(wanted).mean() / noise.mean()), abs=0.05)
+
+
+def test_noise_a_hundredth_of_the_signal_is_20_decibels():
+    assert sqnr_db(1.0, 0.01) == pytest.approx(20)
+    assert sqnr_db(1.0, 0.0) == np.inf
+
+
+def test_a_part_of_a_plan_leaves_the_other_nodes_as_they_were():
+    made = quantizer("test_resnet")
+    returned = made.plan.units[:2] + made.plan.units[-1:]
+    part = made.plan.without(returned)
+    assert set(part.units) | set(returned) == set(made.plan.units)
+    assert made.plan.only(returned).units == returned
+    graph = made.graph(part)
+    before = {node.name: node for node in made.model.graph.node}
+    after = {node.name: node for node in graph.graph.node}
+    assert all(list(after[name].input) == list(before[name].input) for name in returned)
+    assert list(after[part.layers[0]].input) != list(before[part.layers[0]].input)
+    assert made.graph(QuantizationPlan((), ())).SerializeToString() == made.model.SerializeToString()
 
 
 def test_quantising_twice_gives_the_same_bytes_and_a_quarter_of_the_size():
-    fp32 = fp32_graph("test_resnet")
-    again = quantize(fp32, plan_of("test_resnet"), magnitudes("test_resnet"), batches)
+    made = quantizer("test_resnet")
+    errors = layer_errors(made.model, made.plan, made.ranges, batches)
+    again = replace(made, errors=errors).graph(made.plan)
     assert model_bytes(again) == model_bytes(graphs("test_resnet")["int8"])
-    assert len(model_bytes(again)) < 0.4 * len(model_bytes(fp32))
+    assert len(model_bytes(again)) < 0.4 * len(model_bytes(made.model))
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

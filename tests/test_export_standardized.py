@@ -8,14 +8,12 @@ import functools
 import numpy as np
 import pytest
 import torch
-from exported import batches, detector, images, run_graph
+from exported import batches, detector, images, quantizer_of, run_graph
 
-from export.calibration import largest_magnitudes
 from export.graph import float_tensors, initializers
-from export.graphs import quantize
 from export.onnx_export import check_contract, onnx_from_model, torch_outputs
 from export.precision import fp16_from_fp32, fp32_layers
-from export.quantize import float_layers, plan_quantization
+from export.ranges import largest_magnitudes
 from train.encoder import with_standardizer
 
 
@@ -33,7 +31,8 @@ def standardized():
 def graphs():
     fp32 = onnx_from_model(standardized())
     largest = largest_magnitudes(fp32, float_tensors(fp32), batches)
-    int8 = quantize(fp32, plan_quantization(fp32, float_layers(fp32)), largest, batches)
+    made = quantizer_of(fp32, largest)
+    int8 = made.graph(made.plan)
     return {"fp32": fp32, "fp16": fp16_from_fp32(fp32, fp32_layers(fp32, largest)), "int8": int8}
 
 

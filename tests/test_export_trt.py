@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 from exported import EXPORT_OPTIONS, finished_run, fp32_graph, full_bundle, pictures
 
-import export.graphs
+import export.judge
+import export.run_export
+from export.budget import Cost
 from export.bundling import golden_images
+from export.engine_artifacts import engine_source
 from export.graph import copy_of, model_bytes
-from export.trt import Options, asked_precisions, main
+from export.trt import main
+from export.trt_options import Options, asked_precisions
 from runtime import Detector
 from runtime.bundle import open_bundle
 from runtime.manifest import OUTPUTS, PRECISIONS, ProfileSpec
@@ -25,7 +31,7 @@ from train.checkpoint import load_calibration
 def quick(monkeypatch):
     """The FP32 graph of the run without tracing it again; `full_bundle` covers that."""
     model = onnx.load(full_bundle() / "model.fp32.onnx")
-    monkeypatch.setattr(export.graphs, "onnx_from_model", lambda detector: copy_of(model))
+    monkeypatch.setattr(export.run_export, "onnx_from_model", lambda detector: copy_of(model))
 
 
 @pytest.fixture
@@ -63,8 +69,8 @@ def test_the_bundle_holds_a_graph_and_an_engine_of_each_precision():
         assert engine.file == f"model.{engine.precision}.rtx-portable.engine"
         assert engine.profile == ProfileSpec(1, 2, 4)
         assert len(engine.targets) > 1
-        onnx = found[f"model.{engine.precision}.onnx"]
-        assert engine.versions["onnx_sha256"] == onnx.sha256
+        onnx = found["model.int8-fp16.onnx" if engine.precision == "int8" else f"model.{engine.precision}.onnx"]
+        assert (engine.engine.source, engine.engine.source_sha256) == (onnx.file, onnx.sha256)
 
 
 def test_every_graph_passed_its_comparison_on_every_backend_and_names_its_wider_layers():
@@ -104,23 +110,30 @@ def test_two_exports_of_the_same_weights_give_the_same_graph():
     assert (full_bundle() / "model.fp32.onnx").read_bytes() == model_bytes(fp32_graph("test_resnet"))
 
 
-def test_int8_alone_also_writes_the_fp32_graph_and_the_same_bytes_each_time(tmp_path, quick):
+def test_int8_alone_also_writes_the_fp32_graph_and_the_same_bytes_as_an_export_of_all(tmp_path, quick):
     assert run_main(tmp_path / "tiny", "--int8", "--no-engine") == 0
-    first = files(tmp_path / "tiny")
-    assert sorted(artifacts(tmp_path / "tiny")) == ["model.fp32.onnx", "model.int8.onnx"]
-    assert run_main(tmp_path / "tiny", "--int8", "--no-engine") == 0
-    assert files(tmp_path / "tiny") == first
-    assert first["model.int8.onnx"] == (full_bundle() / "model.int8.onnx").read_bytes()
+    made = files(tmp_path / "tiny")
+    assert sorted(artifacts(tmp_path / "tiny")) == ["model.fp32.onnx", "model.int8-fp16.onnx", "model.int8.onnx"]
+    for name in ("model.int8.onnx", "model.int8-fp16.onnx", "calibration.json"):
+        assert made[name] == (full_bundle() / name).read_bytes()
 
 
-def test_asking_for_one_precision_keeps_the_others_as_they_are(bundle, quick):
+def test_asking_for_one_precision_keeps_the_others_and_the_engine_that_would_be_built_again(bundle, quick, capsys):
     before = files(bundle)
-    assert run_main(bundle, "--fp16", "--no-engine") == 0
+    assert run_main(bundle, "--fp16") == 0
     after = files(bundle)
-    gone = before.keys() - after.keys()
-    assert all(name.startswith("model.fp16.") and name.endswith(".engine") for name in gone)
+    assert after.keys() == before.keys()
     assert all(after[name] == before[name] for name in after if name != "manifest.json")
     assert {a.precision for a in artifacts(bundle).values()} == set(PRECISIONS)
+    built = any(name.endswith(".engine") for name in before)
+    assert ("fp16 engine is already built: model.fp16.rtx-portable.engine" in capsys.readouterr().out) == built
+
+
+def test_a_target_that_cannot_be_built_for_is_refused_before_the_graphs_are_made(tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    assert run_main(tmp_path / "tiny", "--fp32", "--target", "sm100") == 1
+    assert "use tensorrt on a GPU of sm100" in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_a_bundle_of_another_checkpoint_is_replaced_as_a_whole(bundle, quick, monkeypatch):
@@ -147,7 +160,7 @@ def test_a_failed_export_leaves_the_old_bundle_whole_and_nothing_beside_it(bundl
 
         raise ExportError("engine", got="nothing", wanted="an engine", remedy="try again")
 
-    monkeypatch.setattr("export.trt.golden_content", fail)
+    monkeypatch.setattr("export.run_export.golden_content", fail)
     assert run_main(bundle, "--fp32", "--no-engine") == 1
     assert "error: engine: got nothing" in capsys.readouterr().err
     assert files(bundle) == before
@@ -184,3 +197,71 @@ def test_a_run_that_does_not_exist_is_an_error(tmp_path, capsys):
 def test_a_profile_that_makes_no_sense_is_an_error(tmp_path, capsys):
     assert run_main(tmp_path / "tiny", "--min-batch", "8", "--max-batch", "4") == 1
     assert "min_batch <= opt_batch <= max_batch" in capsys.readouterr().err
+
+
+def test_the_list_of_calibration_pictures_travels_with_int8_and_stays_when_another_precision_is_made(bundle, quick):
+    manifest = open_bundle(full_bundle()).manifest
+    assert manifest.calibration_list.pictures == 24
+    listed = json.loads((full_bundle() / "calibration.json").read_text())
+    assert len(listed["pictures"]) == 24
+    assert run_main(bundle, "--fp16", "--no-engine") == 0
+    assert open_bundle(bundle).manifest.calibration_list == manifest.calibration_list
+
+
+def test_both_int8_graphs_have_the_same_integers_and_the_engine_comes_from_the_half_one():
+    pytest.importorskip("tensorrt_rtx")
+    found = artifacts(full_bundle())
+    one, other = found["model.int8.onnx"], found["model.int8-fp16.onnx"]
+    assert (one.remainder, other.remainder) == ("fp32", "fp16")
+    assert one.higher_precision_layers == other.higher_precision_layers
+    assert other.parity
+    assert open_bundle(full_bundle()).manifest.onnx_artifact("int8") == one
+    weights = [
+        {t.name: t.raw_data for t in onnx.load(full_bundle() / name).graph.initializer if t.name.endswith(".int8")}
+        for name in (one.file, other.file)
+    ]
+    assert weights[0] == weights[1] != {}
+
+
+def test_how_int8_was_found_is_in_the_report_of_the_run():
+    full_bundle()
+    report = json.loads((finished_run() / "report" / "int8" / "int8.json").read_text())
+    assert report["budget"]["flips"] == Options().budget_flips
+    assert report["steps"][-1]["excess"] == []
+    assert report["calibrator"] in report["calibrators"]
+    assert report["environment"]["machine"]
+    assert "INT8 within the accuracy budget" in (finished_run() / "report" / "int8" / "int8.md").read_text()
+
+
+def test_over_budget_nothing_is_shipped_and_the_old_bundle_stands(bundle, quick, capsys, monkeypatch):
+    before = files(bundle)
+    monkeypatch.setattr(Cost, "excess", lambda self, budget: ["AP 9.00 points, at most 0.50"])
+    assert run_main(bundle, "--int8", "--no-engine", "--calibrator", "minmax") == 1
+    assert "still AP 9.00 points, at most 0.50 on onnxruntime" in capsys.readouterr().err
+    assert files(bundle) == before
+
+
+def test_a_graph_outside_its_limits_is_not_shipped(bundle, quick, capsys, monkeypatch):
+    before = files(bundle)
+    real = export.judge.compare_logits
+    monkeypatch.setattr(export.judge, "compare_logits", lambda *a, **k: replace(real(*a, **k), passed=False))
+    assert run_main(bundle, "--fp16", "--no-engine") == 1
+    assert "parity with PyTorch" in capsys.readouterr().err
+    assert files(bundle) == before
+
+
+def test_a_foreign_graph_takes_the_place_of_int8_after_the_same_checks(bundle, quick, capsys):
+    foreign = full_bundle() / "model.int8.onnx"
+    assert run_main(bundle, "--int8", "--no-engine", "--qdq-onnx", str(foreign)) == 0
+    manifest = open_bundle(bundle).manifest
+    assert manifest.onnx_artifact("int8").builder.startswith("pytorch")
+    assert manifest.onnx_artifact("int8", "fp16") is None
+    assert manifest.calibration_list is None
+    assert engine_source(manifest, "int8").file == "model.int8.onnx"
+
+
+def test_a_foreign_graph_over_the_budget_is_refused(bundle, quick, capsys, monkeypatch):
+    monkeypatch.setattr(Cost, "excess", lambda self, budget: ["verdict flips 9.00 points, at most 0.50"])
+    foreign = full_bundle() / "model.int8.onnx"
+    assert run_main(bundle, "--int8", "--no-engine", "--qdq-onnx", str(foreign)) == 1
+    assert "verdict flips 9.00 points, at most 0.50 on onnxruntime" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def change_graph(folder, precision, change):
 
 def scale_by(factor):
     def change(model):
-        name = next(n for n in initializers(model) if n.startswith("projection.0") and n.endswith(".scale"))
+        name = next(n for n in initializers(model) if n.startswith("encoder.") and n.endswith(".scale"))
         values = numpy_helper.to_array(initializers(model)[name]).copy()
         values[: len(values) // 2] *= np.float32(factor)
         store(model, name, values)

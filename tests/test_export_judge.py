@@ -1,0 +1,132 @@
+"""What a graph costs on validation pictures, and the calibration that is fitted to it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from exported import finished_run, full_bundle, graphs, pictures
+from onnx import numpy_helper
+
+from export.budget import Budget, Cost
+from export.calibration import PreparedPictures
+from export.errors import ExportError
+from export.graph import copy_of, initializers, model_bytes, store
+from export.judge import NODE_BY_NODE, Candidate, Judge
+from export.parity import matched_thresholds
+from export.trt_options import Options
+from runtime.bundle import open_bundle
+from runtime.manifest import CalibrationSpec
+from runtime.preprocess import PreprocessSpec
+from train.checkpoint import load_calibration, load_detector
+from train.data import load_split
+from train.scoring import score_pictures
+
+BUDGET = Budget(ap=0.5, accuracy=1.0, flips=0.5, ece=2.0)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    validation = load_split(pictures(), "val")
+    reference = score_pictures(load_detector(finished_run()), validation.records, progress=False).logits
+    images = PreparedPictures(validation, PreprocessSpec(160, 160), "0" * 64)
+    manifest = open_bundle(full_bundle()).manifest
+    return Judge(images, reference, load_calibration(finished_run()), manifest, ["onnxruntime"], BUDGET)
+
+
+def candidate(precision, model=None):
+    return Candidate(precision, model_bytes(model or graphs("test_resnet")[precision]))
+
+
+def with_logits(change):
+    """The FP32 graph with its classifier's weight and bias changed."""
+    model = copy_of(graphs("test_resnet")["fp32"])
+    for name in ("classifier.weight", "classifier.bias"):
+        store(model, name, (change * numpy_helper.to_array(initializers(model)[name])).astype(np.float32))
+    return model
+
+
+def test_fp32_costs_nothing(judge):
+    (cost,) = judge.costs(candidate("fp32"))
+    assert cost.pictures == 40
+    assert cost.excess(BUDGET) == []
+    assert (cost.flips, cost.accuracy) == (0.0, 0.0)
+    assert set(cost.ap.values()) == {0.0}
+    assert cost.logit_rms < 1e-4
+
+
+def test_a_scale_of_the_logits_is_fitted_away_since_each_precision_has_its_own_calibration(judge):
+    (cost,) = judge.costs(candidate("fp32", with_logits(3.0)))
+    assert cost.logit_rms > 1
+    assert (cost.flips, cost.worst_ap) == (0.0, 0.0)
+    assert cost.ece == pytest.approx(0.0, abs=0.1)
+
+
+def test_logits_that_fall_with_the_label_are_over_every_budget(judge):
+    (cost,) = judge.costs(candidate("fp32", with_logits(-1.0)))
+    assert cost.ece == np.inf
+    assert cost.worst_ap > 10
+    assert len(cost.excess(Budget(1e3, 1e3, 1e3, 1e3))) == 1
+
+
+def test_judging_stops_at_the_first_backend_over_the_budget_and_starts_with_the_calibrated_one(judge):
+    pytest.importorskip("openvino")
+    several = Judge(
+        judge.pictures, judge.reference, load_calibration(finished_run()), judge._manifest,
+        ["openvino", "onnxruntime"], BUDGET,
+    )  # fmt: skip
+    assert [c.backend for c in several.costs(candidate("fp32"))] == ["onnxruntime", "openvino"]
+    assert [c.backend for c in several.costs(candidate("fp32", with_logits(-1.0)))] == ["onnxruntime"]
+
+
+def test_a_graph_is_scored_once_on_a_backend(judge, monkeypatch):
+    judge.scores(candidate("fp16"), "onnxruntime")
+    monkeypatch.setattr(judge, "_on_backend", None)
+    assert len(judge.scores(candidate("fp16"), "onnxruntime")) == 40
+
+
+def test_a_graph_for_engines_is_run_node_by_node_where_only_onnxruntime_runs(judge):
+    model = graphs("test_resnet")["int8+fp16"]
+    twin = Candidate("int8", model_bytes(model), "fp16")
+    _, parity = judge.parity([candidate("int8"), twin])
+    assert [p.backend for p in parity["int8", "fp16"]] == [NODE_BY_NODE]
+    assert parity["int8", "fp16"][0].logit_diff_max < 2 * parity["int8", "fp32"][0].logit_diff_max + 0.1
+
+
+def test_without_a_backend_nothing_can_be_judged(judge):
+    with pytest.raises(ExportError, match="no back-end that runs here"):
+        Judge(judge.pictures, judge.reference, load_calibration(finished_run()), judge._manifest, [], BUDGET)
+
+
+def cost(**changes):
+    found = {"ap": {"a": 0.1, "b": 0.6, "c": None}, "accuracy": 0.0, "flips": 0.0, "ece": 0.0}
+    return Cost(backend="x", pictures=1000, logit_rms=0.1, **(found | changes))
+
+
+def test_the_generator_that_loses_most_counts_and_one_without_both_classes_does_not():
+    assert cost().worst_ap == 0.6
+    assert cost().excess(BUDGET) == ["AP 0.60 points, at most 0.50"]
+    assert cost(ap={"c": None}).excess(BUDGET) == []
+
+
+def test_one_picture_is_always_allowed_and_nan_never_is():
+    fits = cost(ap={}, flips=0.5)
+    assert fits.excess(BUDGET) == []
+    assert Cost("x", 100, {}, 1.0, 1.0, 0.0, 0.1).excess(BUDGET) == []
+    assert Cost("x", 100, {}, 1.0, 2.0, 0.0, 0.1).excess(BUDGET) == ["verdict flips 2.00 points, at most 1.00"]
+    assert len(cost(ap={}, flips=float("nan")).excess(BUDGET)) == 1
+
+
+def test_the_budget_is_that_of_the_command_line():
+    assert Budget.of(Options(budget_flips=3.0)) == Budget(ap=0.5, accuracy=1.0, flips=3.0, ece=2.0)
+
+
+def test_thresholds_are_moved_towards_the_wanted_verdicts_but_never_to_a_laxer_place():
+    logits = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], np.float32)
+    fitted = CalibrationSpec(1.0, 0.0, 1.5, 1.5, 0.1, 0.1)
+    wanted = np.array(["real", "uncertain", "uncertain", "fake", "fake", "fake"])
+    matched = matched_thresholds(fitted, logits, wanted)
+    assert (matched.real_threshold, matched.fake_threshold) == (0.5, 2.5)
+    laxer = np.array(["real", "real", "real", "real", "fake", "fake"])
+    assert matched_thresholds(fitted, logits, laxer).real_threshold == 1.5
+    earlier = np.array(["real", "fake", "fake", "fake", "fake", "fake"])
+    assert matched_thresholds(fitted, logits, earlier).fake_threshold == 1.5
