@@ -29,9 +29,11 @@ def collected(run: Path, model: Path) -> dict[str, Any]:
         run: run folder with the reports of `train.evaluate` and `export.verify`.
         model: its bundle.
     """
+    verification = read_report(run, VERIFICATION, "export.verify")
+    verification.pop("logits", None)  # of every picture; the tables need none of them
     return {
         "evaluation": read_report(run, EVALUATION, "train.evaluate"),
-        "verification": read_report(run, VERIFICATION, "export.verify"),
+        "verification": verification,
         "graph_size_bytes": graph_sizes(open_bundle(model).manifest.artifacts),
     }
 

@@ -181,13 +181,12 @@ class _Search:
 
     def fewest(self, plan: QuantizationPlan, order: list[str], smallest_share: float) -> int | None:
         """Smallest number of the first nodes of `order` that must be returned; None where too little would be left."""
-        failed, count = 0, 1
-        while self.share(plan.without(order[:count])) >= smallest_share:
+        most = max(n for n in range(len(order) + 1) if self.share(plan.without(order[:n])) >= smallest_share)
+        failed, count = 0, min(1, most)
+        while count > failed:
             if self.step(plan.without(order[:count]), count) is not None:
                 return self._between(plan, order, failed, count)
-            failed, count = count, min(count * 2, len(order))
-            if failed == count:
-                break
+            failed, count = count, min(count * 2, most)
         return None
 
     def _between(self, plan: QuantizationPlan, order: list[str], failed: int, fitting: int) -> int:

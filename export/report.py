@@ -1,16 +1,15 @@
-"""Tables of parity figures: for the screen, and as JSON and Markdown files."""
+"""Tables for the screen, and where a verification is kept."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
-from export.parity import LIMITS
+from export.batch_invariance import BatchInvariance
+from export.latency import END_TO_END, STAGES, LatencySweep
+from runtime.golden import GoldenCheck
 from runtime.manifest import ParitySpec
 
 COLUMNS = (
@@ -27,6 +26,8 @@ COLUMNS = (
 # Where a verification is kept in the folder of the run.
 REPORT_FOLDER = Path("report") / "verify"
 JSON_FILE, MARKDOWN_FILE = "verify.json", "verify.md"
+
+LEFT_OUT = "left out"
 
 Rows = Sequence[tuple[str, ParitySpec]]
 
@@ -51,71 +52,53 @@ def parity_rows(rows: Rows) -> list[list[str]]:
 def parity_table(rows: Rows) -> Table:
     """Table for the screen."""
     title = "against PyTorch FP32: logit differences, changes of AP and accuracy in points"
-    table = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, no_wrap=True, justify="left" if index < 2 else "right")
-    for cells in parity_rows(rows):
-        table.add_row(*cells, style="bold red" if cells[-1] == "FAIL" else None)
-    return table
+    return _table(title, COLUMNS, parity_rows(rows))
 
 
-def parity_json(rows: Rows, *, broken: Mapping[str, Sequence[str]], about: Mapping[str, Any]) -> str:
-    """JSON of the comparison with its limits and where it was measured.
+def check_table(golden: Sequence[GoldenCheck], invariance: Sequence[BatchInvariance]) -> Table:
+    """Table for the screen: the worst output of the golden inputs, and the largest logit difference in batches.
 
     Args:
-        rows: precision and figures.
-        broken: limits that are broken, by "<precision> on <back-end>".
-        about: model, run, data, machine and versions.
+        golden: of every precision and back-end.
+        invariance: of the same, in the same order.
     """
-    content = {
-        **about,
-        "limits": {name: dataclasses.asdict(limits) for name, limits in LIMITS.items()},
-        "comparisons": [
-            {
-                "precision": precision,
-                **dataclasses.asdict(parity),
-                "broken": list(broken[f"{precision} on {parity.backend}"]),
-            }
-            for precision, parity in rows
-        ],
-    }
-    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+    rows = []
+    for check, batches in zip(golden, invariance, strict=True):
+        worst = check.worst
+        rows.append(
+            [
+                check.precision,
+                check.backend,
+                f"{check.differences[worst]:.1e}",
+                f"{check.limits[worst]:.0e}",
+                f"{batches.logit_diff_max:.1e}",
+                f"{batches.limit:.0e}",
+                "FAIL" if check.broken() or batches.broken() else "pass",
+            ]
+        )
+    title = "golden inputs: relative difference; in batches: logit difference to the picture alone"
+    return _table(title, ("precision", "back-end", "golden inputs", "at most", "in batches", "at most", "result"), rows)
 
 
-def parity_markdown(rows: Rows, *, broken: Mapping[str, Sequence[str]], about: Mapping[str, Any]) -> str:
-    """Markdown of the same."""
-    lines = [
-        f"# {about['model']} against PyTorch FP32",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(cells) + " |" for cells in parity_rows(rows)),
-        "",
-        *(f"- FAIL {where}: {'; '.join(what)}" for where, what in broken.items() if what),
-        "",
-        "max and mean diff: of the raw logits; AP pts, acc pts: change in percentage points, accuracy at each",
-        "precision's own threshold; flips/opp: verdicts that differ, and how many of them between real and fake.",
-        "",
-        "Limits (logit differences are divided by the PyTorch model's temperature, or by a quarter of its logits'",
-        "standard deviation where that is more):",
-        "",
-        *(f"- {name}: {_limits_text(name)}" for name in LIMITS),
-        "",
-        f"Measured on {about['environment']['machine']}.",
-    ]
-    return "\n".join(lines) + "\n"
+def latency_table(sweep: LatencySweep) -> Table:
+    """Table for the screen: median ms of a single picture at each stage, and the most pictures a second end to end."""
+    medians = {(x.precision, x.backend, x.stage): f"{x.p50_ms:.2f}" for x in sweep.measured if x.batch == 1}
+    rows = []
+    keys = [(x.precision, x.backend) for x in sweep.measured] + [(x.precision, x.backend) for x in sweep.left_out]
+    for key in dict.fromkeys(keys):
+        rates = [
+            x.pictures_per_second for x in sweep.measured if (x.precision, x.backend) == key and x.stage == END_TO_END
+        ]
+        most = f"{max(rates):.1f}" if rates else LEFT_OUT
+        rows.append([*key, *(medians.get((*key, stage), LEFT_OUT) for stage in STAGES), most])
+    title = "median ms of a single picture, and the most pictures a second end to end"
+    return _table(title, ("precision", "back-end", *STAGES, "pictures/s"), rows)
 
 
-def write_report(folder: Path, *, as_json: str, as_markdown: str) -> tuple[Path, Path]:
-    """Write both files; their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / JSON_FILE, folder / MARKDOWN_FILE
-    paths[0].write_text(as_json, encoding="utf-8")
-    paths[1].write_text(as_markdown, encoding="utf-8")
-    return paths
-
-
-def _limits_text(name: str) -> str:
-    limits = dataclasses.asdict(LIMITS[name])
-    reason = limits.pop("reason")
-    return ", ".join(f"{key} {value:g}" for key, value in limits.items()) + f" ({reason})"
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=True, justify="left" if index < 2 else "right")
+    for cells in rows:
+        table.add_row(*cells, style="bold red" if cells[-1] == "FAIL" else None)
+    return table

@@ -1,42 +1,38 @@
-"""Check a model bundle: `python -m export.verify --model M`. Exit status 1 when any precision is outside its limits.
+"""Check a model bundle: `python -m export.verify --model M`. Exit status: 0 every gate holds, 1 one is broken, 2 usage.
 
-Every precision runs on every back-end that runs here, on the same pictures as the PyTorch model it came from.
+Every precision runs on every back-end that runs here: against the PyTorch model that it came from on the same
+pictures, on the bundle's golden inputs, and with pictures alone and in batches. On request graphs are compared layer
+by layer, and everything is timed. Status 2 also says that there was nothing to compare: a damaged bundle, no run, no
+back-end.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import track
 
-from export.calibration import PreparedPictures
-from export.errors import ExportError
-from export.parity import (
-    LIMITS,
-    broken_limits,
-    centred_thresholds,
-    collect_logits,
-    compare_logits,
-    opened_backends,
-    running_backends,
-)
-from export.report import REPORT_FOLDER, parity_json, parity_markdown, parity_table, write_report
-from export.run_inputs import require_checkpoint, run_of_checkpoint, validation_pictures
+from export.bundle_checks import verify_bundle
+from export.latency import SECONDS
+from export.layer_comparison import BOUNDS_DB
+from export.report import REPORT_FOLDER, check_table, latency_table, parity_table
+from export.run_inputs import run_of_checkpoint, validation_pictures
+from export.verification import Verification
+from export.verification_report import write_verification
 from runtime.bundle import Bundle, newest_bundle, open_bundle
-from runtime.errors import NTFError
-from runtime.manifest import PRECISIONS, ParitySpec
-from train.checkpoint import load_calibration, load_config, load_detector
+from runtime.errors import NTFError, UsageError
+from train.checkpoint import load_config
 from train.integrity import data_source, split_of_run
 from train.pictures import PictureSet
 from train.provenance import environment
 
-BATCH_SIZE = 16
+PASSED, BROKEN, USAGE = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -54,25 +50,15 @@ class Options:
     split: str = "val"
     """Split of the pictures."""
     out: Path | None = None
-    """Folder for verify.json and verify.md; default: report/verify in the run folder."""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Figures of every precision and back-end, and the limits they break.
-
-    Attributes:
-        rows: precision and figures.
-        broken: limits that are broken, in words, by "<precision> on <back-end>".
-    """
-
-    rows: tuple[tuple[str, ParitySpec], ...]
-    broken: dict[str, list[str]]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every limit holds."""
-        return not any(self.broken.values())
+    """Folder for verify.json, verify.md and their pictures; default: report/verify in the run folder."""
+    layers: tuple[Literal["fp16", "int8"], ...] = ()
+    """Compare these graphs with FP32 tensor by tensor, and name the first layer that is off."""
+    layer_bound: float | None = None
+    """SQNR in dB that no tensor may fall below; default: 30 for fp16, 10 for int8."""
+    latency: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Time the graph alone, with copies and from encoded pictures on, for batches of 1 to 64."""
+    latency_seconds: float = SECONDS
+    """Seconds for each stage and batch size of a precision on a back-end; what does not fit is left out and listed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,82 +67,98 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(markup=False, soft_wrap=True)  # file names are not markup
     try:
         bundle = open_bundle(options.model or newest_bundle(Path("models")))
+        require_usable(options, bundle)
         run = options.run or run_of_checkpoint(bundle.manifest.checkpoint_sha256, options.runs)
-        config = load_config(run)
-        if options.data is None and options.split == "val":
-            pictures = validation_pictures(config)
-        else:
-            source = options.data or data_source(config.data)
-            pictures = split_of_run(config, source, options.split, own=options.data is None)
+        pictures = chosen_pictures(options, run)
         console.print(f"verifying {bundle.location} against {run} on {len(pictures)} pictures of {pictures.root}")
-        result = verify_bundle(bundle, run, pictures)
+        result = verify_bundle(
+            bundle,
+            run,
+            pictures,
+            layers={
+                name: BOUNDS_DB[name] if options.layer_bound is None else options.layer_bound for name in options.layers
+            },
+            latency_seconds=options.latency_seconds if options.latency else None,
+        )
+        about = {
+            "model": bundle.manifest.name,
+            "checkpoint_sha256": bundle.manifest.checkpoint_sha256,
+            "data_sha256": pictures.content_sha256(),
+            "environment": environment(),
+        }
+        written = write_verification(options.out or run / REPORT_FOLDER, result, about)
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    console.print(parity_table(result.rows))
-    about = {
-        "model": bundle.manifest.name,
-        "checkpoint_sha256": bundle.manifest.checkpoint_sha256,
-        "data_sha256": pictures.content_sha256(),
-        "environment": environment(),
-    }
-    written = write_report(
-        options.out or run / REPORT_FOLDER,
-        as_json=parity_json(result.rows, broken=result.broken, about=about),
-        as_markdown=parity_markdown(result.rows, broken=result.broken, about=about),
-    )
-    for where, what in result.broken.items():
-        if what:
-            console.print(f"{where} is outside its limits: {'; '.join(what)}", style="bold red")
-    console.print(f"{'passed' if result.passed else 'FAILED'}; report: {', '.join(map(str, written))}")
-    return 0 if result.passed else 1
+        return USAGE
+    report(console, result, written)
+    return PASSED if result.passed else BROKEN
 
 
-def verify_bundle(bundle: Bundle, run: Path, pictures: PictureSet) -> Verification:
-    """Every ONNX graph of a bundle on every back-end that runs here, against PyTorch on the same pictures.
-
-    Args:
-        bundle: opened, so its files are what the manifest says.
-        run: the run folder it was exported from.
-        pictures: labelled pictures.
+def require_usable(options: Options, bundle: Bundle) -> None:
+    """Refuse options that make no sense together or with this bundle, before anything takes time.
 
     Raises:
-        ExportError: the run has other weights than the bundle, no back-end runs here, or a picture is bad.
+        UsageError: naming the option.
     """
-    require_checkpoint(run, bundle.manifest.checkpoint_sha256, model=bundle.location)
-    names = running_backends()
-    if not names:
-        raise ExportError(
-            "verification",
-            got="no back-end that runs here",
-            wanted="onnxruntime or openvino",
-            remedy='pip install "ntf-toolkit[cpu]"',
+    there = bundle.manifest.onnx_precisions()
+    for name in options.layers:
+        if name not in there or "fp32" not in there:
+            raise UsageError(
+                f"--layers {name}",
+                got=f"a bundle with these ONNX graphs: {', '.join(there) or 'none'}",
+                wanted=f"fp32 and {name}",
+                remedy=f"export it: python -m export.trt --{name}",
+            )
+    if options.layer_bound is not None and not options.layers:
+        raise UsageError(
+            "--layer-bound", got="no --layers", wanted="a graph that it is for", remedy="add --layers fp16 int8"
         )
-    artifacts = [bundle.manifest.onnx_artifact(precision) for precision in PRECISIONS]
-    graphs = {artifact.precision: bundle.read(artifact) for artifact in artifacts if artifact is not None}
-    images = PreparedPictures(pictures, bundle.manifest.preprocess, pictures.content_sha256())
-    batches = track(images.batches(BATCH_SIZE), "scoring", total=-(-len(images) // BATCH_SIZE))
-    with opened_backends(graphs, bundle.manifest, names) as backends:
-        reference, scored = collect_logits(load_detector(run), backends, batches)
-    labels = np.array([record.label for record in pictures.records])
-    torch_calibration = load_calibration(run)
-    rows, broken = [], {}
-    for (precision, name), logits in scored.items():
-        limits = LIMITS[precision]
-        parity = compare_logits(
-            logits,
-            reference,
-            labels,
-            calibration=bundle.manifest.calibration[precision],
-            reference_calibration=centred_thresholds(torch_calibration, reference),
-            backend=name,
-            limits=limits,
+    if options.layer_bound is not None and not math.isfinite(options.layer_bound):
+        raise UsageError(
+            "--layer-bound",
+            got=f"{options.layer_bound:g}",
+            wanted="a number of dB",
+            remedy="leave it out for the default",
         )
-        rows.append((precision, parity))
-        broken[f"{precision} on {name}"] = broken_limits(
-            parity, limits, calibration=torch_calibration, logit_std=float(np.std(reference))
+    if not 0 < options.latency_seconds < math.inf:
+        raise UsageError(
+            "--latency-seconds",
+            got=f"{options.latency_seconds:g}",
+            wanted="more than 0, and not without end",
+            remedy="leave it out for the default",
         )
-    return Verification(tuple(rows), broken)
+
+
+def chosen_pictures(options: Options, run: Path) -> PictureSet:
+    """The labelled pictures that the options name.
+
+    Raises:
+        NTFError: they cannot be read.
+    """
+    config = load_config(run)
+    if options.data is None and options.split == "val":
+        return validation_pictures(config)
+    source = options.data or data_source(config.data)
+    return split_of_run(config, source, options.split, own=options.data is None)
+
+
+def report(console: Console, result: Verification, written: Sequence[Path]) -> None:
+    """Print what was found, each broken gate, and the files that were written."""
+    console.print(parity_table(result.comparisons))
+    console.print(check_table(result.golden, result.invariance))
+    for comparison in result.layers:
+        worst = min(comparison.layers, key=lambda layer: layer.sqnr_db)
+        console.print(
+            f"layers of {comparison.precision}: {len(comparison.layers)} tensors; the worst SQNR, "
+            f"{worst.sqnr_db:.1f} dB, is that of {worst.compared} of node {worst.node}"
+        )
+    if result.latency is not None:
+        console.print(latency_table(result.latency))
+    for where, words in result.failures.items():
+        console.print(f"{where} is outside its limits: {'; '.join(words)}", style="bold red")
+    if not result.passed and not result.layers:
+        console.print("--layers fp16 int8 compares the graphs tensor by tensor and names the first layer that is off")
+    console.print(f"{'passed' if result.passed else 'FAILED'}; report: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,9 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", help="auto, fp32, fp16 or int8")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference")
+    parser.add_argument(
+        "--check-golden", action="store_true", help="first check that the golden inputs give what they gave at export"
+    )
     parser.set_defaults(run=_predict)
 
 
@@ -91,10 +94,15 @@ def _predict(options: argparse.Namespace) -> int:
     pictures = expand_pictures(options.paths)
     model = Path(options.model) if options.model else newest_bundle(Path("models"))
     with Detector.load(
-        model, backend=options.backend, precision=options.precision, threads=options.threads
+        model,
+        backend=options.backend,
+        precision=options.precision,
+        threads=options.threads,
+        check_golden=options.check_golden,
     ) as detector:
         detections = detector.stream(pictures, batch_size=options.batch_size)
-        print(_info_line(detector.info), file=sys.stderr)
+        checked = "; golden inputs give what they gave at export" if options.check_golden else ""
+        print(_info_line(detector.info) + checked, file=sys.stderr)
         failed = 0
         if not options.json:
             print(_table_header(), flush=True)

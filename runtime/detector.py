@@ -20,6 +20,7 @@ from runtime.backends.choice import Choice, choose
 from runtime.bundle import Bundle, open_bundle
 from runtime.decode import MAX_PIXELS, PictureSource, decode_picture, describe_source
 from runtime.errors import PictureError, UsageError
+from runtime.golden import require_golden
 from runtime.preprocess import prepare
 
 Verdict: TypeAlias = Literal["real", "uncertain", "fake"]
@@ -122,6 +123,7 @@ class Detector:
         precision: str = "auto",
         max_pixels: int = MAX_PIXELS,
         threads: int | None = None,
+        check_golden: bool = False,
     ) -> Detector:
         """Detector of a model bundle, verified and opened.
 
@@ -131,10 +133,12 @@ class Detector:
             precision: "auto", "fp32", "fp16" or "int8".
             max_pixels: largest picture that is decoded, height times width.
             threads: CPU threads of one inference; None leaves it to the back-end.
+            check_golden: run the golden inputs of the bundle first, and refuse a back-end that gives other outputs.
 
         Raises:
-            BundleError: the bundle is missing, damaged or of another schema.
-            BackendError: what was asked for cannot run here; nothing else is taken in its place.
+            BundleError: the bundle is missing, damaged or of another schema, or has no golden inputs to check.
+            BackendError: what was asked for cannot run here, or gives wrong outputs; nothing else is taken in its
+                place.
             UsageError: max_pixels or threads is not a positive whole number.
         """
         _require_positive("max_pixels", max_pixels)
@@ -146,6 +150,12 @@ class Detector:
         opened = open_backend(
             choice.backend, bundle.read(artifact), bundle.manifest, file=artifact.file, threads=threads
         )
+        if check_golden:
+            try:
+                require_golden(bundle, opened, artifact.precision)
+            except BaseException:
+                opened.close()
+                raise
         return cls(bundle, opened, choice, max_pixels=max_pixels)
 
     def predict(self, sources: Iterable[PictureSource], *, batch_size: int = 32) -> list[Detection]:

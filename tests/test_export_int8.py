@@ -87,6 +87,9 @@ def test_a_budget_that_cannot_be_met_is_an_error_that_keeps_the_search(order):
     assert found.returned == {}
     assert all(step.excess for step in found.steps)
     assert all(step.int8_share >= 0.5 for step in found.steps)
+    work, plan = operations(fp32_graph(ENCODER)), quantizer(ENCODER).plan
+    further = plan.without([layer.name for layer in found.sensitivities[: found.steps[-1].returned + 1]])
+    assert sum(work[name] for name in further.layers) < 0.5 * sum(work.values())
     table = search_markdown(found, BUDGET)
     assert order[0] in table
     assert table.count("| no |") == len(found.steps)

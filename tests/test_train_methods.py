@@ -111,7 +111,8 @@ def test_resumed_run_gives_the_same_numbers(run_of, data, tmp_path, method):
 @pytest.mark.parametrize(
     "method", [name if name == "nearest" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 )
-def test_method_is_evaluated_exported_verified_and_served(data, tmp_path, run_of, method):
+def test_method_is_evaluated_exported_verified_and_served(data, tmp_path, run_of, method, monkeypatch):
+    monkeypatch.setattr("export.bundle_checks.BATCH", 8)  # for speed
     run, bundle = run_of(method), tmp_path / "bundle"
     report = evaluate_run(run, data, EvaluationConfig(draws=20), progress=False)
     assert report.pictures == 8

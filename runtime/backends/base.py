@@ -117,19 +117,23 @@ def check_graph(
     _check_tensors(outputs, wanted, f"{file}: outputs", free_batch=False)
 
 
+def output_shapes(pictures: int, manifest: ModelManifest) -> dict[str, tuple[int, ...]]:
+    """Shape of each output for a batch, by the contract."""
+    return {
+        "logits": (pictures,),
+        "trace_similarity": (pictures,),
+        "embeddings": (pictures, manifest.embedding_dim),
+        "evidence": (pictures, *manifest.evidence_shape),
+    }
+
+
 def checked_outputs(arrays: dict[str, NDArray[np.float32]], pictures: int, manifest: ModelManifest) -> Outputs:
     """Outputs of one batch after a check of their shapes; a wrong count would shift every verdict.
 
     Raises:
         BackendError: an output has another shape than the contract says.
     """
-    shapes = {
-        "logits": (pictures,),
-        "trace_similarity": (pictures,),
-        "embeddings": (pictures, manifest.embedding_dim),
-        "evidence": (pictures, *manifest.evidence_shape),
-    }
-    for name, shape in shapes.items():
+    for name, shape in output_shapes(pictures, manifest).items():
         if arrays[name].shape != shape:
             raise BackendError(
                 f"output {name}",
