@@ -1,12 +1,10 @@
-"""Writing a model bundle: what is kept of an older one, golden inputs, and the swap of folders."""
+"""Writing a model bundle: what is kept of an older one, golden inputs, and the write itself."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ExportError
+from export.folder_swap import replaced_folder, restore_folder
 from runtime.backends import Backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import BundleError
@@ -24,6 +23,7 @@ from runtime.manifest import (
     GoldenSpec,
     ModelManifest,
     Precision,
+    manifest_to_json,
     save_manifest,
 )
 
@@ -48,6 +48,7 @@ def existing_bundle(folder: Path, checkpoint_sha256: str) -> Bundle | None:
     Raises:
         ExportError: the folder holds something that is not a bundle, which is not overwritten.
     """
+    restore_folder(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / MANIFEST_FILE).is_file():
@@ -147,31 +148,12 @@ def write_bundle(folder: Path, manifest: ModelManifest, files: Mapping[str, byte
         ExportError: the disk is full, or the folder cannot be written; the old bundle stands as it was.
         BundleError: what was written cannot be read back; the old bundle stands as it was.
     """
-    try:
-        _write_beside(folder, manifest, files)
-    except OSError as error:
-        size = sum(len(content) for content in files.values())
-        raise ExportError(
-            f"bundle {folder}",
-            got=f"{error.strerror or error} while it was written",
-            wanted=f"a folder beside it that takes {size / 1e6:.1f} MB",
-            remedy="free space or change the permissions, and run the command again; an older bundle stands as it was",
-        ) from error
-    return open_bundle(folder)
-
-
-def _write_beside(folder: Path, manifest: ModelManifest, files: Mapping[str, bytes]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with replaced_folder(folder) as new:
         for name, content in files.items():
-            _write(temporary / name, content)
-        save_manifest(manifest, temporary)
-        temporary.chmod(0o755)  # mkdtemp's 0700 would lock other users out of a shared bundle
-        open_bundle(temporary)
-        _swap(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            write_file(new / name, content)
+        save_manifest(manifest, new)
+        open_bundle(new)
+    return open_bundle(folder)
 
 
 def sorted_artifacts(artifacts: Iterable[ArtifactSpec]) -> tuple[ArtifactSpec, ...]:
@@ -179,22 +161,33 @@ def sorted_artifacts(artifacts: Iterable[ArtifactSpec]) -> tuple[ArtifactSpec, .
     return tuple(sorted(artifacts, key=lambda artifact: artifact.file))
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file and have it on the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _swap(new: Path, folder: Path) -> None:
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = new.with_name(f"{new.name}.old")
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
+def carried_facts(manifest: ModelManifest, artifact: ArtifactSpec) -> dict[str, str]:
+    """What a graph must not lose where it leaves its bundle, as text: how to read its logits, and where it is from.
+
+    Args:
+        manifest: of the bundle.
+        artifact: the graph or engine.
+    """
+    calibration = manifest.calibration[artifact.precision]
+    return {
+        "model": manifest.name,
+        "precision": artifact.precision,
+        "labels": ",".join(manifest.labels),
+        "temperature": repr(calibration.temperature),
+        "bias": repr(calibration.bias),
+        "real_threshold": repr(calibration.real_threshold),
+        "fake_threshold": repr(calibration.fake_threshold),
+        "source_file": artifact.file,
+        "source_sha256": artifact.sha256,
+        "checkpoint_sha256": manifest.checkpoint_sha256,
+        "manifest_sha256": hashlib.sha256(manifest_to_json(manifest).encode()).hexdigest(),
+        "tool_version": manifest.tool_version,
+    }

@@ -1,4 +1,4 @@
-"""The `ntf` command: predict, inspect, doctor.
+"""The `ntf` command: predict, inspect, pack, doctor.
 
 Exit status: 0 everything scored, 1 some pictures failed (doctor: no back-end runs), 2 wrong usage, nothing found
 or a bad bundle, 130 stopped by Ctrl-C, 141 when the reader of the output went away. Results go to standard
@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", metavar="MODEL", help="folder or .zip file of a model bundle")
     inspect.add_argument("--json", action="store_true", help="the manifest as JSON")
     inspect.set_defaults(run=_inspect)
+    pack = commands.add_parser("pack", help="write a model bundle as one .zip file")
+    pack.add_argument("model", metavar="MODEL", help="folder or .zip file of a model bundle")
+    pack.add_argument("target", metavar="ZIP", nargs="?", help="file to write; default: MODEL.zip beside the folder")
+    pack.set_defaults(run=_pack)
     doctor = commands.add_parser("doctor", help="show what is installed, what would run, what to install")
     doctor.add_argument("--json", action="store_true", help="the report as JSON")
     doctor.set_defaults(run=_doctor)
@@ -120,6 +124,15 @@ def _inspect(options: argparse.Namespace) -> int:
     else:
         print(f"bundle           {_printable(str(bundle.location))}: every file is as the manifest says")
         print(_printable(describe_manifest(bundle.manifest), keep="\n"))
+    return OK
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from runtime.bundle import pack_bundle
+
+    model = Path(options.model).absolute()
+    packed = pack_bundle(model, options.target or model.with_name(f"{model.name.removesuffix('.zip')}.zip")).location
+    print(f"{_printable(str(packed))}: {packed.stat().st_size} bytes")
     return OK
 
 

@@ -167,21 +167,6 @@ def test_a_failed_export_leaves_the_old_bundle_whole_and_nothing_beside_it(bundl
     assert [path.name for path in bundle.parent.iterdir()] == ["tiny"]
 
 
-def test_a_kill_in_the_middle_of_the_swap_puts_the_old_bundle_back(bundle, quick, monkeypatch):
-    before = files(bundle)
-    real = type(bundle).rename
-
-    def rename(self, target):
-        if not self.name.endswith(".old") and self != bundle:
-            raise KeyboardInterrupt
-        return real(self, target)
-
-    monkeypatch.setattr(type(bundle), "rename", rename)
-    assert run_main(bundle, "--fp32", "--no-engine") == 130
-    assert files(bundle) == before
-    assert [path.name for path in bundle.parent.iterdir()] == ["tiny"]
-
-
 def test_a_folder_with_something_else_in_it_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert run_main(tmp_path, "--fp32") == 1
