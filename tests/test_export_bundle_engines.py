@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 import venv
@@ -134,20 +133,34 @@ def test_the_cache_key_changes_with_everything_that_an_engine_depends_on():
     assert cache_key("a" * 64, profile, target, timed, tensorrt) == keys[0]
 
 
-def test_ctrl_c_stops_a_real_build_and_leaves_the_bundle_as_it_was(tiny_bundle, capsys, monkeypatch):
+PRESS_ONCE = """
+import os, signal, sys
+import export.engine_progress
+from export.trt import main
+
+def press_once(display, phase, done):
+    if not sent:
+        sent.append(phase)
+        os.kill(os.getpid(), signal.SIGINT)
+
+sent = []
+export.engine_progress.RichDisplay.step_done = press_once
+status = main(sys.argv[1:])
+print("pressed in", *sent)
+sys.exit(status)
+"""
+
+
+def test_ctrl_c_stops_a_real_build_and_leaves_the_bundle_as_it_was(tiny_bundle):
+    """In a process of its own, as it is used: a build that is stopped leaves TensorRT's threads where they were."""
     pytest.importorskip("tensorrt_rtx")
     before = files(tiny_bundle)
-    sent = []
-
-    def press_once(display, phase, done):
-        if not sent:
-            sent.append(phase)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr("export.engine_progress.RichDisplay.step_done", press_once)
-    assert main(command(tiny_bundle)) == 130
-    assert sent == ["fp32 engine: Building engine"]
-    assert "an earlier bundle stands as it was" in capsys.readouterr().err
+    stopped = subprocess.run(
+        [sys.executable, "-c", PRESS_ONCE, *command(tiny_bundle)], capture_output=True, text=True, timeout=120
+    )
+    assert stopped.returncode == 130, stopped.stderr
+    assert "pressed in fp32 engine: Building engine" in stopped.stdout
+    assert "an earlier bundle stands as it was" in stopped.stderr
     assert files(tiny_bundle) == before
     assert [path.name for path in tiny_bundle.parent.iterdir()] == ["tiny"]
 
