@@ -30,7 +30,8 @@ def collected(run: Path, model: Path) -> dict[str, Any]:
         model: its bundle.
     """
     verification = read_report(run, VERIFICATION, "export.verify")
-    verification.pop("logits", None)  # of every picture; the tables need none of them
+    for detail in ("logits", "layers"):  # of every picture and tensor; the tables need none of them
+        verification.pop(detail, None)
     return {
         "evaluation": read_report(run, EVALUATION, "train.evaluate"),
         "verification": verification,
