@@ -1,0 +1,179 @@
+"""INT8 of four kinds of network within the accuracy budget: `python -m benchmarks.quantization --data data/demo`.
+
+A linear classifier is trained on each frozen encoder, exported at every precision and built into TensorRT-RTX engines.
+Only EfficientNet-lite0 has trained weights in a package; the others are random, so what is shown is that their graphs
+export, quantise and build, and what that costs such a detector, not how well it detects. The figures go to
+`benchmarks/results/quantization.json`; the table in docs/export.md is made from that file.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.tables import with_tables
+from export.int8_report import FOLDER, JSON_FILE
+from export.run_export import export_run
+from export.trt_options import Options as ExportOptions
+from runtime.bundle import open_bundle
+from runtime.errors import NTFError
+from runtime.manifest import ArtifactSpec
+from train import run
+from train.checkpoint import save_json
+from train.data import scan_pictures
+from train.markdown import markdown_table
+from train.provenance import environment
+
+RESULTS = Path("benchmarks/results/quantization.json")
+DOCUMENT = Path("docs/export.md")
+BEGIN, END = "<!-- quantization: begin -->", "<!-- quantization: end -->"
+ENCODERS = {
+    "tf_efficientnet_lite0": "package",
+    "resnet50": "none",
+    "vit_tiny_patch16_224": "none",
+    "legacy_xception": "none",
+}
+# Rates that so few pictures resolve.
+RATES = ("--real-flagged-rate", "0.05", "--fake-missed-rate", "0.05")
+PACKAGES = ("onnxruntime", "openvino", "tensorrt-rtx")
+COLUMNS = (
+    "encoder",
+    "AP in PyTorch",
+    "calibrator",
+    "layers returned",
+    "operations in INT8",
+    "AP loss",
+    "flips",
+    "FP32 / INT8 MB",
+    "INT8 engine: layers",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Export and quantise a linear classifier on each of four encoders."""
+
+    data: Path
+    """Pictures with a train and a val split."""
+    out: Path = Path("build/quantization")
+    """Folder of the runs and bundles."""
+    encoders: tuple[str, ...] = tuple(ENCODERS)
+    """Which of the four."""
+    train: int = 96
+    """Training pictures, evenly spaced over each class."""
+    val: int = 60
+    """Validation pictures, on which INT8 is calibrated and judged."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; exit status 0, or 2 with a sentence."""
+    options = tyro.cli(Options, prog="python -m benchmarks.quantization", args=arguments)
+    try:
+        listed = write_list(options)
+        rows = [measured(name, listed, options) for name in options.encoders]
+    except NTFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    save_json(RESULTS, {"encoders": rows, "pictures": options.val, "environment": environment()})
+    write_table()
+    print(f"wrote {RESULTS} and the table in {DOCUMENT}")
+    return 0
+
+
+def write_list(options: Options) -> Path:
+    """A CSV list of as many pictures of each split as are asked for, half of them of each class."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    pictures = scan_pictures(options.data)
+    path = options.out / "pictures.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("path", "label", "generator", "family", "original_id", "split"))
+        for split, count in (("train", options.train), ("val", options.val)):
+            for label in (0, 1):
+                records = [record for record in pictures.split(split).records if record.label == label]
+                wanted = min(count // 2, len(records))
+                for place in range(wanted):
+                    r = records[place * len(records) // wanted]
+                    rows.writerow((r.path.absolute(), r.label, r.generator, r.family, r.original_id, split))
+    return path
+
+
+def measured(encoder: str, listed: Path, options: Options) -> dict[str, Any]:
+    """Figures of one encoder.
+
+    Raises:
+        NTFError: it cannot be trained, exported or quantised within the budget.
+    """
+    folder = options.out / encoder
+    weights = ENCODERS.get(encoder, "none")
+    recipe = ("--preset", "demo", "--method", "probe", "--encoder", encoder, "--encoder-weights", weights)
+    status = run.main([*recipe, "--data", str(listed), "--out", str(folder), "--overwrite", *RATES])
+    if status != 0:
+        raise NTFError(encoder, got=f"status {status} of training", wanted="0", remedy="see the message above")
+    bundle = export_run(ExportOptions(run=folder, model=options.out / "models" / encoder))
+    manifest = open_bundle(bundle.location).manifest
+    search = json.loads((folder / FOLDER / JSON_FILE).read_text(encoding="utf-8"))
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {
+        "encoder": encoder,
+        "weights": weights,
+        "validation_ap": history[-1].get("val_ap"),
+        "calibrators": search["calibrators"],
+        "calibrator": search["calibrator"],
+        "steps": search["steps"],
+        "returned": search["returned"],
+        "artifacts": [_facts(artifact) for artifact in manifest.artifacts],
+    }
+
+
+def write_table() -> None:
+    """The table of docs/export.md, from the results file."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    document = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(with_tables(document, table(results), begin=BEGIN, end=END), encoding="utf-8")
+
+
+def table(results: dict[str, Any]) -> str:
+    """A row for each encoder, and where it was measured."""
+    machine, versions = (results["environment"][name] for name in ("machine", "versions"))
+    packages = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
+    about = (
+        f"{machine['cpu']}, {results['pictures']} validation pictures of the demo, {packages}. Losses and flips in points,"
+        " where they are largest. Made by `python -m benchmarks.quantization`."
+    )
+    return markdown_table(COLUMNS, [_row(entry) for entry in results["encoders"]]) + "\n\n" + about
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    step = [step for step in entry["steps"] if not step["excess"]][-1]
+    losses = [loss for cost in step["costs"] for loss in cost["ap"].values() if loss is not None]
+    size = {(a["precision"], a["format"], a["remainder"]): a["size_bytes"] / 1e6 for a in entry["artifacts"]}
+    engine = next((a for a in entry["artifacts"] if a["format"] == "engine" and a["precision"] == "int8"), None)
+    return [
+        f"{entry['encoder']}, {'ImageNet' if entry['weights'] == 'package' else 'random'}",
+        f"{100 * entry['validation_ap']:.1f}",
+        entry["calibrator"],
+        str(step["returned"]),
+        f"{100 * step['int8_share']:.0f} %",
+        f"{max(losses):+.2f}",
+        f"{max(cost['flips'] for cost in step['costs']):.2f}",
+        f"{size['fp32', 'onnx', 'fp32']:.1f} / {size['int8', 'onnx', 'fp32']:.1f}",
+        "not built" if engine is None else str(sum(engine["layers"].values())),
+    ]
+
+
+def _facts(artifact: ArtifactSpec) -> dict[str, Any]:
+    plain = {name: getattr(artifact, name) for name in ("precision", "format", "remainder", "size_bytes", "targets")}
+    engine = {} if artifact.engine is None else {"layers": artifact.engine.layers}
+    return plain | engine | {"parity": [asdict(parity) for parity in artifact.parity]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
