@@ -9,7 +9,7 @@ from runtime.manifest import ArtifactSpec, EngineSpec, ModelManifest, ParitySpec
 
 def describe_manifest(manifest: ModelManifest) -> str:
     """Everything in a manifest as indented text."""
-    size, golden = manifest.preprocess, manifest.golden
+    size, golden, listed = manifest.preprocess, manifest.golden, manifest.calibration_list
     rows, columns = manifest.evidence_shape
     lines = [
         f"model            {manifest.name}",
@@ -26,6 +26,7 @@ def describe_manifest(manifest: ModelManifest) -> str:
         f"training data    sha256 {manifest.training_data_sha256}",
         f"calibration data sha256 {manifest.calibration_data_sha256}, {manifest.calibration_pictures} pictures",
         f"golden inputs    {'none' if golden is None else f'{golden.file}, {golden.pictures} pictures'}",
+        f"INT8 ranges from {'none' if listed is None else f'{listed.file}, {listed.pictures} pictures'}",
         *_calibration_lines(manifest),
     ]
     for artifact in manifest.artifacts:
@@ -46,6 +47,8 @@ def _calibration_lines(manifest: ModelManifest) -> Iterator[str]:
 def _artifact_lines(artifact: ArtifactSpec) -> Iterator[str]:
     yield f"artifact {artifact.file}"
     kind = f"opset {artifact.opset}" if artifact.format == "onnx" else f"engine {artifact.flavour}"
+    if artifact.remainder != "fp32":
+        kind += f", for engines: {artifact.remainder} between the integer layers"
     yield f"  {artifact.precision}, {artifact.format}, {kind}, {artifact.size_bytes} bytes"
     yield f"  sha256 {artifact.sha256}"
     yield f"  built by {artifact.builder}" + "".join(f", {k} {v}" for k, v in sorted(artifact.versions.items()))

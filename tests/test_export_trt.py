@@ -23,6 +23,7 @@ from export.trt import main
 from export.trt_options import Options, asked_precisions
 from runtime import Detector
 from runtime.bundle import open_bundle
+from runtime.describe import describe_manifest
 from runtime.manifest import OUTPUTS, PRECISIONS, ProfileSpec
 from train.checkpoint import load_calibration
 
@@ -214,6 +215,9 @@ def test_both_int8_graphs_have_the_same_integers_and_the_engine_comes_from_the_h
     one, other = found["model.int8.onnx"], found["model.int8-fp16.onnx"]
     assert (one.remainder, other.remainder) == ("fp32", "fp16")
     assert one.higher_precision_layers == other.higher_precision_layers
+    shown = describe_manifest(open_bundle(full_bundle()).manifest)
+    assert "int8, onnx, opset 20, for engines: fp16 between the integer layers, " in shown
+    assert "INT8 ranges from calibration.json, 24 pictures" in shown
     assert other.parity
     assert open_bundle(full_bundle()).manifest.onnx_artifact("int8") == one
     weights = [
