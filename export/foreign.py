@@ -10,20 +10,20 @@ from onnx import ModelProto
 from export.errors import ExportError
 from export.graphs import PrecisionGraph, checked_graph
 from export.onnx_export import input_size
+from export.precision import LAYER_OPS
 
 REASON = "left in floating point by the program that quantised the graph"
-_LAYERS = ("Conv", "Gemm", "MatMul")
 
 
 def foreign_int8(path: Path, fp32: ModelProto) -> PrecisionGraph:
-    """The graph of a Q/DQ file, if it keeps the contract and is the quantised twin of `fp32`.
+    """The graph of a Q/DQ file, if it keeps the contract; whether it decides as `fp32` does is for a `Judge` to say.
 
     Args:
         path: .onnx file with its weights inside.
         fp32: graph of the run that it should be the INT8 form of.
 
     Raises:
-        ExportError: it cannot be read, has no Q/DQ nodes, takes other pictures or breaks the contract.
+        ExportError: it cannot be read, has no layer in INT8, takes other pictures or breaks the contract.
     """
     model = _read(path)
     kinds = {node.op_type for node in model.graph.node}
@@ -31,8 +31,13 @@ def foreign_int8(path: Path, fp32: ModelProto) -> PrecisionGraph:
         raise _refusal(path, "a graph without QuantizeLinear and DequantizeLinear nodes", "explicit INT8 quantisation")
     if input_size(model) != input_size(fp32):
         raise _refusal(path, f"a graph for pictures of {input_size(model)}", f"{input_size(fp32)}, as the run's")
+    kept = _float_layers(model)
+    if len(kept) == sum(node.op_type in LAYER_OPS for node in model.graph.node):
+        raise _refusal(path, "Q/DQ nodes, but no layer that reads both its inputs through them", "layers in INT8")
     try:
-        return checked_graph("int8", model, _float_layers(model), builder=_builder(model))
+        return checked_graph("int8", model, kept, builder=_builder(model))
+    except ExportError as error:
+        raise _refusal(path, error.got, error.wanted) from error
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise _refusal(path, f"a graph that does not fit together ({error})", "a valid ONNX graph") from error
 
@@ -56,7 +61,7 @@ def _float_layers(model: ModelProto) -> dict[str, str]:
     return {
         node.name or node.output[0]: REASON
         for node in model.graph.node
-        if node.op_type in _LAYERS and not dequantized.issuperset(node.input[:2])
+        if node.op_type in LAYER_OPS and not dequantized.issuperset(node.input[:2])
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -10,15 +10,13 @@ from onnx import ModelProto
 
 from export.calibration import PreparedPictures
 from export.graph import copy_of, float_tensors, model_bytes
-from export.int8 import Int8Search, int8_within_budget
+from export.int8 import Int8Search, Say, int8_within_budget
 from export.judge import Candidate, Judge
 from export.onnx_export import check_contract, input_size
 from export.precision import fp16_from_fp32, fp32_layers
 from export.quantize import float_layers
 from export.ranges import largest_magnitudes
 from runtime.manifest import Precision, Remainder
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +96,7 @@ def int8_graphs(model: ModelProto, kept: Mapping[str, str], wide: Mapping[str, s
         kept: nodes that do not compute in integers, with the reasons.
         wide: nodes that stay FP32 in the twin as well.
     """
-    half = checked_graph("int8", fp16_from_fp32(model, wide), kept, remainder="fp16")
+    half = checked_graph("int8", fp16_from_fp32(model, wide), {**wide, **kept}, remainder="fp16")
     return [checked_graph("int8", model, kept), half]
 
 

@@ -29,7 +29,7 @@ from export.ranges import CALIBRATORS, clipped_ranges, magnitude_histograms
 from export.session import open_session
 from runtime.manifest import INPUT_NAME
 
-Say = Callable[[str], None]
+Say = Callable[[str], None]  # told what is being done
 
 # Calibration pictures that choose the calibrator, and that each layer's own effect is measured on.
 CHOICE_PICTURES = 48
@@ -147,7 +147,7 @@ def int8_within_budget(
 
     Raises:
         BudgetError: no graph with that share keeps within the budget.
-        ExportError: there is nothing to quantise.
+        ExportError: there is nothing to quantise, or not that much.
     """
     plan = plan_quantization(model, float_layers(model))
     if not plan.layers:
@@ -161,6 +161,13 @@ def int8_within_budget(
     chosen = min(errors, key=lambda name: errors[name])
     work = operations(model)
     search = _Search(quantizer, judge, for_engines, work, say)
+    if not 0 <= smallest_share <= search.share(plan):
+        raise ExportError(
+            "--int8-share",
+            got=f"{smallest_share:g}",
+            wanted=f"0 to {search.share(plan):.3f}, the share that this network has outside its first and last layers",
+            remedy="choose a smaller share",
+        )
     sensitivities: tuple[LayerSensitivity, ...] = ()
     fitting = search.step(plan, 0)
     if fitting is None:

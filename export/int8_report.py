@@ -10,6 +10,8 @@ from rich.console import Console
 
 from export.budget import Budget
 from export.int8 import Int8Search, LayerSensitivity, Step
+from export.verification import jsonable
+from train.checkpoint import write_atomically
 from train.markdown import markdown_table
 from train.provenance import environment
 
@@ -30,14 +32,19 @@ def write_search(run: Path, search: Int8Search, budget: Budget, console: Console
         console: told where.
     """
     folder = run / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "budget": dataclasses.asdict(budget),
         **dataclasses.asdict(search),
         "environment": environment(),
     }
-    (folder / JSON_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / MARKDOWN_FILE).write_text(search_markdown(search, budget), encoding="utf-8")
+    text = json.dumps(jsonable(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / JSON_FILE, text.encode())
+        write_atomically(folder / MARKDOWN_FILE, search_markdown(search, budget).encode())
+    except OSError as error:
+        console.print(f"note: how INT8 was found could not be written to {folder}: {error.strerror}")
+        return
     if search.returned:
         console.print(f"{len(search.returned)} layers stay in floating point; what that cost: {folder / MARKDOWN_FILE}")
 

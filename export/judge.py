@@ -19,6 +19,7 @@ from export.parity import (
     LIMITS,
     Labels,
     Logits,
+    broken_limits,
     centred_thresholds,
     compare_logits,
     matched_thresholds,
@@ -35,6 +36,8 @@ CALIBRATED_ON = "onnxruntime"
 # (1.31: RMS change of lite0's logits 1.36 instead of 0.36), so a graph for engines is run node by node.
 NODE_BY_NODE = "onnxruntime without optimizations"
 BATCH_SIZE = 16
+# Beside the names of generators.
+ALL = "all pictures"
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,14 @@ class Judge:
         for candidate, name in ((c, name) for c in candidates for name in self._backends_of(c)):
             logits = self.scores(candidate, name)
             shown = name if candidate.remainder == "fp32" else f"{name} ({candidate.remainder} remainder)"
+            if not np.isfinite(logits).all():
+                found.append(self._unusable(shown))
+                break
             try:
                 calibration = calibration or self._fitted(logits)
-                found.append(self._cost(shown, logits, calibration))
+                found.append(self._cost(shown, candidate.precision, logits, calibration))
             except DataError:  # logits that do not rise with the label: no temperature makes probabilities of them
-                found.append(replace(self._cost(shown, logits, self._run), ece=math.inf))
+                found.append(replace(self._cost(shown, candidate.precision, logits, self._run), ece=math.inf))
             if found[-1].excess(self.budget):
                 break
         return tuple(found)
@@ -118,25 +124,20 @@ class Judge:
 
         Args:
             candidates: of a precision, the one with an FP32 remainder comes first.
+
+        Raises:
+            ExportError: a graph gives logits that are not finite.
         """
         calibration: dict[str, CalibrationSpec] = {}
         parity: dict[tuple[Precision, Remainder], tuple[ParitySpec, ...]] = {}
         for candidate in candidates:
             precision = candidate.precision
             backends = self._backends_of(candidate)
+            scored = {name: self._finite(candidate, name) for name in backends}
             if precision not in calibration:
-                calibration[precision] = self._fitted(self.scores(candidate, backends[0]))
+                calibration[precision] = self._fitted(scored[backends[0]])
             parity[precision, candidate.remainder] = tuple(
-                compare_logits(
-                    self.scores(candidate, name),
-                    self.reference,
-                    self._labels,
-                    calibration=calibration[precision],
-                    reference_calibration=self._centred,
-                    backend=name,
-                    limits=LIMITS[precision],
-                )
-                for name in backends
+                self._compared(name, precision, logits, calibration[precision]) for name, logits in scored.items()
             )
         return calibration, parity
 
@@ -180,18 +181,49 @@ class Judge:
         )
         return matched_thresholds(fitted, logits, self._centred.verdicts(self.reference))
 
-    def _cost(self, backend: str, logits: Logits, calibration: CalibrationSpec) -> Cost:
+    def _finite(self, candidate: Candidate, backend: str) -> Logits:
+        logits = self.scores(candidate, backend)
+        if not np.isfinite(logits).all():
+            raise ExportError(
+                f"{candidate.precision} graph on {backend}",
+                got=f"{np.sum(~np.isfinite(logits))} of {len(logits)} logits that are not finite",
+                wanted="a number for every validation picture",
+                remedy="give more calibration pictures, so that layers which overflow are found",
+            )
+        return logits
+
+    def _compared(self, backend: str, precision: Precision, logits: Logits, calibration: CalibrationSpec) -> ParitySpec:
+        return compare_logits(
+            logits,
+            self.reference,
+            self._labels,
+            calibration=calibration,
+            reference_calibration=self._centred,
+            backend=backend,
+            limits=LIMITS[precision],
+        )
+
+    def _cost(self, backend: str, precision: Precision, logits: Logits, calibration: CalibrationSpec) -> Cost:
         ours = detection_metrics(logits, self._labels, calibration=calibration)
         flipped = calibration.verdicts(logits) != self._centred.verdicts(self.reference)
+        parity = self._compared(backend, precision, logits, calibration)
+        spread = float(np.std(self.reference))
+        ap = {str(name): self._ap_loss(logits, self._generators == name) for name in np.unique(self._generators)}
         return Cost(
             backend=backend,
             pictures=len(logits),
-            ap={name: self._ap_loss(logits, self._generators == name) for name in np.unique(self._generators)},
+            # Where real pictures have a name of their own, no generator has both classes.
+            ap=ap | {ALL: self._ap_loss(logits, np.ones(len(logits), bool))},
             accuracy=100.0 * (self._theirs.accuracy_at_threshold - ours.accuracy_at_threshold),
             flips=100.0 * float(flipped.mean()),
             ece=100.0 * (ours.ece_calibrated - self._theirs.ece_calibrated),
             logit_rms=float(np.sqrt(np.mean((logits.astype(np.float64) - self.reference) ** 2))),
+            broken_limits=tuple(broken_limits(parity, LIMITS[precision], calibration=self._centred, logit_std=spread)),
         )
+
+    def _unusable(self, backend: str) -> Cost:
+        """Cost of a graph that gives infinity or NaN for a picture."""
+        return Cost(backend, len(self.reference), {ALL: math.inf}, math.inf, 100.0, math.inf, math.inf)
 
     def _ap_loss(self, logits: Logits, chosen: np.ndarray) -> float | None:
         labels = self._labels[chosen]

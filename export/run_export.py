@@ -72,8 +72,8 @@ def export_run(options: Options) -> Bundle:
     Raises:
         NTFError: whatever was wrong, in a full sentence; an earlier bundle stands as it was.
     """
-    profile = ProfileSpec(options.min_batch, options.opt_batch, options.max_batch)
-    precisions = asked_precisions(options)
+    profile, budget = ProfileSpec(options.min_batch, options.opt_batch, options.max_batch), Budget.of(options)
+    precisions, limit = asked_precisions(options), calibration_limit(options)
     run = options.run or newest_run()
     folder = options.model or MODELS / run.resolve().name
     console = Console(markup=False, soft_wrap=True)  # "[rtx]" and file names are not markup
@@ -86,8 +86,7 @@ def export_run(options: Options) -> Bundle:
     fp32 = onnx_from_model(inputs.detector)
     graphs = [checked_graph("fp32", fp32, {})]
     draft = draft_manifest(folder.name, inputs, graphs[0].evidence_shape)
-    judge = judge_of(inputs, draft, Budget.of(options))
-    limit = PICTURE_LIMIT if options.calibration_pictures is None else options.calibration_pictures
+    judge = judge_of(inputs, draft, budget)
     pictures = calibration_pictures(inputs.validation, inputs.spec, limit=limit)
     graphs += narrow_graphs(options, fp32, precisions, pictures, judge, run, console)
 
@@ -139,6 +138,27 @@ def installed_tensorrt(settings: EngineSettings, console: Console) -> TensorRT |
     check_settings(tensorrt, settings)
     resolve_target(tensorrt, settings.target, hardware_compatible=settings.hardware_compatible)
     return tensorrt
+
+
+def calibration_limit(options: Options) -> int:
+    """How many pictures INT8 and FP16 ranges are measured on at most.
+
+    Raises:
+        ExportError: none, or a graph of another quantiser without --int8.
+    """
+    limit = PICTURE_LIMIT if options.calibration_pictures is None else options.calibration_pictures
+    if limit < 1:
+        raise ExportError(
+            "--calibration-pictures", got=str(limit), wanted="at least 1", remedy=f"leave it out for {PICTURE_LIMIT}"
+        )
+    if options.qdq_onnx is not None and "int8" not in asked_precisions(options):
+        raise ExportError(
+            f"--qdq-onnx {options.qdq_onnx}",
+            got=f"an export of {', '.join(asked_precisions(options))}",
+            wanted="an export of INT8",
+            remedy="add --int8",
+        )
+    return limit
 
 
 def judge_of(inputs: RunInputs, draft: ModelManifest, budget: Budget) -> Judge:
@@ -282,12 +302,7 @@ def onnx_artifact(graph: PrecisionGraph, parity: tuple[ParitySpec, ...]) -> Arti
 def report(console: Console, bundle: Bundle) -> None:
     """Print what was written."""
     artifacts = sorted(bundle.manifest.artifacts, key=lambda a: PRECISIONS.index(a.precision))
-    rows = [
-        (f"{a.precision}+{a.remainder}" if a.remainder != "fp32" else a.precision, p)
-        for a in artifacts
-        for p in a.parity
-    ]
-    console.print(parity_table(rows))
+    console.print(parity_table([(_graph_name(a), parity) for a in artifacts for parity in a.parity]))
     for artifact in bundle.manifest.artifacts:
         console.print(f"  {artifact.file}  {artifact.size_bytes / 1e6:.1f} MB")
     console.print(f"model bundle: {bundle.location}")

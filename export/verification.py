@@ -106,16 +106,17 @@ def verification_json(result: Verification, about: Mapping[str, Any]) -> str:
             **{f"{p} on {backend}": found.tolist() for (p, backend), found in result.scores.found.items()},
         },
     }
-    return json.dumps(_jsonable(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    return json.dumps(jsonable(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Dataclasses, mappings and sequences as plain JSON types, with null where a number is not finite."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _jsonable(dataclasses.asdict(value))
+        return jsonable(dataclasses.asdict(value))
     if isinstance(value, Mapping):
-        return {name: _jsonable(part) for name, part in value.items()}
+        return {name: jsonable(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(part) for part in value]
+        return [jsonable(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 from exported import fp32_graph, graphs
+from onnx import helper
 
 from export.errors import ExportError
 from export.foreign import REASON, foreign_int8
-from export.graph import copy_of
+from export.graph import copy_of, insert_nodes, store
 
 ENCODER = "test_resnet"
 
@@ -51,6 +53,27 @@ def test_a_graph_that_breaks_the_contract_is_refused(write, damage, message):
 def test_a_graph_without_integers_is_refused(write):
     with pytest.raises(ExportError, match="without QuantizeLinear and DequantizeLinear"):
         foreign_int8(write(fp32_graph(ENCODER)), fp32_graph(ENCODER))
+
+
+def test_a_pair_that_no_layer_computes_with_is_not_int8(write):
+    model = copy_of(fp32_graph(ENCODER))
+    relu = next(node for node in model.graph.node if node.op_type == "Relu")
+    store(model, "s", np.array(0.1, np.float32))
+    pair = [
+        helper.make_node("QuantizeLinear", [relu.input[0], "s"], ["q"], name="q"),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["dq"], name="dq"),
+    ]
+    relu.input[0] = "dq"
+    insert_nodes(model, pair)
+    with pytest.raises(ExportError, match="no layer that reads both its inputs"):
+        foreign_int8(write(model), fp32_graph(ENCODER))
+
+
+def test_a_broken_contract_is_the_quantisers_business_and_not_the_encoders(write):
+    model = copy_of(graphs(ENCODER)["int8"])
+    model.opset_import[0].version = 21
+    with pytest.raises(ExportError, match=r"--qdq-onnx .*opset.*quantise the bundle's model.fp32.onnx"):
+        foreign_int8(write(model), fp32_graph(ENCODER))
 
 
 @pytest.mark.parametrize(

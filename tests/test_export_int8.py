@@ -98,6 +98,12 @@ def test_a_budget_that_cannot_be_met_is_an_error_that_keeps_the_search(order):
     assert table.count("| no |") == len(found.steps)
 
 
+@pytest.mark.parametrize("share", [-0.1, 0.999, 50.0, float("nan")])
+def test_a_share_that_the_network_does_not_have_is_refused(share):
+    with pytest.raises(ExportError, match=r"--int8-share: got .*wanted 0 to 0\.9"):
+        search(FakeJudge(), calibrator="mse", smallest_share=share)
+
+
 def test_the_layer_whose_range_is_wrong_becomes_the_most_sensitive(order):
     made = quantizer(ENCODER)
     name = [name for name in order if name in made.errors][3]

@@ -11,7 +11,7 @@ from export.budget import Budget, Cost
 from export.calibration import PreparedPictures
 from export.errors import ExportError
 from export.graph import copy_of, initializers, model_bytes, store
-from export.judge import NODE_BY_NODE, Candidate, Judge
+from export.judge import ALL, NODE_BY_NODE, Candidate, Judge
 from export.parity import matched_thresholds
 from export.trt_options import Options
 from runtime.bundle import open_bundle
@@ -51,6 +51,7 @@ def test_fp32_costs_nothing(judge):
     assert cost.excess(BUDGET) == []
     assert (cost.flips, cost.accuracy) == (0.0, 0.0)
     assert set(cost.ap.values()) == {0.0}
+    assert ALL in cost.ap
     assert cost.logit_rms < 1e-4
 
 
@@ -65,7 +66,7 @@ def test_logits_that_fall_with_the_label_are_over_every_budget(judge):
     (cost,) = judge.costs([candidate("fp32", with_logits(-1.0))])
     assert cost.ece == np.inf
     assert cost.worst_ap > 10
-    assert len(cost.excess(Budget(1e3, 1e3, 1e3, 1e3))) == 1
+    assert cost.excess(Budget(1e3, 1e3, 1e3, 1e3))[0] == "calibration error inf points, at most 1000.00"
 
 
 def test_judging_stops_at_the_first_backend_over_the_budget_and_starts_with_the_calibrated_one(judge):
@@ -76,6 +77,31 @@ def test_judging_stops_at_the_first_backend_over_the_budget_and_starts_with_the_
     )  # fmt: skip
     assert [c.backend for c in several.costs([candidate("fp32")])] == ["onnxruntime", "openvino"]
     assert [c.backend for c in several.costs([candidate("fp32", with_logits(-1.0))])] == ["onnxruntime"]
+
+
+def test_ap_is_judged_where_real_pictures_have_a_generator_of_their_own(judge, monkeypatch):
+    monkeypatch.setattr(judge, "_generators", np.where(judge._labels == 0, "photographs", "a generator"))
+    (cost,) = judge.costs([candidate("fp32", with_logits(-1.0))])
+    assert (cost.ap["photographs"], cost.ap["a generator"]) == (None, None)
+    assert cost.worst_ap > 10
+
+
+def test_limits_that_calibration_fits_away_are_held_all_the_same(judge, monkeypatch):
+    scored = judge.scores(candidate("fp32"), "onnxruntime")
+    monkeypatch.setattr(judge, "scores", lambda *arguments: scored + np.float32(3 * np.std(scored)))
+    (cost,) = judge.costs([candidate("int8", graphs("test_resnet")["fp32"])])
+    assert (cost.flips, cost.worst_ap) == (0.0, 0.0)
+    assert any("mean logit difference" in words for words in cost.excess(BUDGET))
+
+
+def test_logits_that_are_not_finite_are_over_budget_and_never_shipped(judge, monkeypatch):
+    broken = judge.reference.copy()
+    broken[3] = np.nan
+    monkeypatch.setattr(judge, "scores", lambda *arguments: broken)
+    (cost,) = judge.costs([candidate("int8", graphs("test_resnet")["fp32"])])
+    assert len(cost.excess(BUDGET)) == 4
+    with pytest.raises(ExportError, match="1 of 40 logits that are not finite"):
+        judge.parity([candidate("fp32")])
 
 
 def test_a_graph_is_scored_once_on_a_backend(judge, monkeypatch):
@@ -99,26 +125,33 @@ def test_without_a_backend_nothing_can_be_judged(judge):
 
 
 def cost(**changes):
-    found = {"ap": {"a": 0.1, "b": 0.6, "c": None}, "accuracy": 0.0, "flips": 0.0, "ece": 0.0}
+    found = {"ap": {"a": 0.1, "b": 0.6, "c": None, ALL: 0.2}, "accuracy": 0.0, "flips": 0.0, "ece": 0.0}
     return Cost(backend="x", pictures=1000, logit_rms=0.1, **(found | changes))
 
 
 def test_the_generator_that_loses_most_counts_and_one_without_both_classes_does_not():
     assert cost().worst_ap == 0.6
     assert cost().excess(BUDGET) == ["AP 0.60 points, at most 0.50"]
-    assert cost(ap={"c": None}).excess(BUDGET) == []
+    assert cost(ap={"c": None, ALL: 0.7}).worst_ap == 0.7
+    assert cost(broken_limits=("mean logit difference 2",), ap={ALL: 0.0}).excess(BUDGET) == ["mean logit difference 2"]
 
 
 def test_one_picture_is_always_allowed_and_nan_never_is():
-    fits = cost(ap={}, flips=0.5)
+    fits = cost(ap={ALL: 0.0}, flips=0.5)
     assert fits.excess(BUDGET) == []
-    assert Cost("x", 100, {}, 1.0, 1.0, 0.0, 0.1).excess(BUDGET) == []
-    assert Cost("x", 100, {}, 1.0, 2.0, 0.0, 0.1).excess(BUDGET) == ["verdict flips 2.00 points, at most 1.00"]
-    assert len(cost(ap={}, flips=float("nan")).excess(BUDGET)) == 1
+    assert Cost("x", 100, {ALL: 0.0}, 1.0, 1.0, 0.0, 0.1).excess(BUDGET) == []
+    assert Cost("x", 100, {ALL: 0.0}, 1.0, 2.0, 0.0, 0.1).excess(BUDGET) == ["verdict flips 2.00 points, at most 1.00"]
+    assert len(cost(ap={ALL: 0.0}, flips=float("nan")).excess(BUDGET)) == 1
 
 
 def test_the_budget_is_that_of_the_command_line():
     assert Budget.of(Options(budget_flips=3.0)) == Budget(ap=0.5, accuracy=1.0, flips=3.0, ece=2.0)
+
+
+@pytest.mark.parametrize("points", [-0.1, float("nan"), float("inf")])
+def test_a_budget_that_is_no_number_of_points_is_refused(points):
+    with pytest.raises(ExportError, match=r"--budget-ece: got .*wanted percentage points"):
+        Budget.of(Options(budget_ece=points))
 
 
 def test_thresholds_are_moved_towards_the_wanted_verdicts_but_never_to_a_laxer_place():

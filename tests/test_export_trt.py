@@ -214,7 +214,7 @@ def test_both_int8_graphs_have_the_same_integers_and_the_engine_comes_from_the_h
     found = artifacts(full_bundle())
     one, other = found["model.int8.onnx"], found["model.int8-fp16.onnx"]
     assert (one.remainder, other.remainder) == ("fp32", "fp16")
-    assert one.higher_precision_layers == other.higher_precision_layers
+    assert one.higher_precision_layers.items() <= other.higher_precision_layers.items()
     shown = describe_manifest(open_bundle(full_bundle()).manifest)
     assert "int8, onnx, opset 20, for engines: fp16 between the integer layers, " in shown
     assert "INT8 ranges from calibration.json, 24 pictures" in shown
@@ -269,3 +269,16 @@ def test_a_foreign_graph_over_the_budget_is_refused(bundle, quick, capsys, monke
     foreign = full_bundle() / "model.int8.onnx"
     assert run_main(bundle, "--int8", "--no-engine", "--qdq-onnx", str(foreign)) == 1
     assert "verdict flips 9.00 points, at most 0.50 on onnxruntime" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--calibration-pictures", "0"), "--calibration-pictures: got 0, wanted at least 1"),
+        (("--budget-ap", "nan"), "--budget-ap: got nan, wanted percentage points"),
+        (("--fp16", "--qdq-onnx", "q.onnx"), "got an export of fp16, wanted an export of INT8"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_the_run_is_read(tmp_path, capsys, arguments, message):
+    assert main(["--run", str(tmp_path / "none"), "--model", str(tmp_path / "m"), *arguments]) == 1
+    assert message in capsys.readouterr().err
