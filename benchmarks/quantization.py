@@ -114,6 +114,8 @@ def measured(encoder: str, listed: Path, options: Options) -> dict[str, Any]:
     folder = options.out / encoder
     weights = ENCODERS.get(encoder, "none")
     recipe = ("--preset", "demo", "--method", "probe", "--encoder", encoder, "--encoder-weights", weights)
+    if encoder.startswith("vit"):
+        recipe += ("--stage2.scl-crop", "224")  # a ViT takes no smaller pictures
     status = run.main([*recipe, "--data", str(listed), "--out", str(folder), "--overwrite", *RATES])
     if status != 0:
         raise NTFError(encoder, got=f"status {status} of training", wanted="0", remedy="see the message above")
@@ -144,8 +146,9 @@ def table(results: dict[str, Any]) -> str:
     """A row for each encoder, and where it was measured."""
     machine, versions = (results["environment"][name] for name in ("machine", "versions"))
     packages = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
+    measured_on = f"{machine['cpu']}, {results['pictures']} validation pictures of the demo, {packages}"
     about = (
-        f"{machine['cpu']}, {results['pictures']} validation pictures of the demo, {packages}. Losses and flips in points,"
+        f"{measured_on}. Losses and flips in points,"
         " where they are largest. Made by `python -m benchmarks.quantization`."
     )
     return markdown_table(COLUMNS, [_row(entry) for entry in results["encoders"]]) + "\n\n" + about
