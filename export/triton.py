@@ -183,11 +183,24 @@ def why_not(bundle: Bundle, backend: BackendName, precision: str, *, named: bool
             return f"{found[0].file} takes at least {found[0].profile.min_batch} pictures at once"
     if not found:
         return f"the bundle has no {'engine' if backend == 'tensorrt_plan' else 'ONNX graph'} of it"
-    # As `precision="auto"` of the runtime chooses; an engine was never run, and its graph stands for it.
-    safe = named or precision == "fp32" or backend == "tensorrt_plan" or parity_passed(found[0], backend)
-    if not safe:
-        return f"{found[0].file} has no passed comparison with PyTorch; it is served where --precisions names it"
+    if named or precision == "fp32":  # as `precision="auto"` of the runtime chooses
+        return None
+    compared = compared_graph(bundle, found[0])
+    if compared is None or not parity_passed(compared, backend):
+        graph = compared.file if compared is not None else f"the graph of {found[0].file}"
+        return f"{graph} has no passed comparison with PyTorch; it is served where --precisions names it"
     return None
+
+
+def compared_graph(bundle: Bundle, artifact: ArtifactSpec) -> ArtifactSpec | None:
+    """The ONNX graph whose comparison stands for a file: of an engine, which no export runs, the one it was built from.
+
+    None where the bundle has that graph no more, or another one under its name.
+    """
+    if artifact.engine is None:
+        return artifact if artifact.format == "onnx" else None
+    built = (artifact.engine.source, artifact.engine.source_sha256)
+    return next((a for a in bundle.manifest.artifacts if (a.file, a.sha256) == built), None)
 
 
 def artifacts_for(bundle: Bundle, backend: BackendName, precision: str) -> list[ArtifactSpec]:
@@ -210,11 +223,7 @@ def served_model(bundle: Bundle, backend: BackendName, artifact: ArtifactSpec, o
     facts = carried_facts(bundle.manifest, artifact)
     about = f"{artifact.file}, {artifact.size_bytes / 1e6:.1f} MB"
     if backend == "openvino":
-        from export.openvino_ir import checked_ir, parity_text, pictures_of_run  # PyTorch comes with it
-
-        ir = checked_ir(bundle, artifact, pictures_of_run(bundle, options.run))
-        files = {"model.xml": ir.xml, "model.bin": ir.weights}
-        about = f"OpenVINO IR, {parity_text(ir.parity)}"
+        files, about = _openvino_files(bundle, artifact, options.run)
     else:
         files = {BACKENDS[backend].model_file: bundle.read(artifact)}
     if artifact.format == "engine":
@@ -283,6 +292,21 @@ def _name(bundle: Bundle, options: Options) -> str:
             remedy="choose one with --name",
         )
     return name
+
+
+def _openvino_files(bundle: Bundle, artifact: ArtifactSpec, run: Path | None) -> tuple[dict[str, bytes], str]:
+    """OpenVINO's files of a graph, compared first, and a line about them."""
+    try:
+        from export.openvino_ir import checked_ir, parity_text, pictures_of_run  # PyTorch comes with it
+    except ImportError as error:
+        raise ExportError(
+            "Triton backend openvino",
+            got=str(error),
+            wanted="PyTorch and OpenVINO, to compare its file",
+            remedy='pip install "ntf-toolkit[train,export,cpu]", or --backends onnxruntime tensorrt_plan without it',
+        ) from error
+    ir = checked_ir(bundle, artifact, pictures_of_run(bundle, run))
+    return {"model.xml": ir.xml, "model.bin": ir.weights}, f"OpenVINO IR, {parity_text(ir.parity)}"
 
 
 def _remedy(backend: BackendName) -> str:

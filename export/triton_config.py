@@ -18,7 +18,7 @@ Device: TypeAlias = Literal["cpu", "gpu"]
 CONFIG_FILE = "config.pbtxt"
 # Parameters with this prefix are ours; backends read none of them, clients may.
 PREFIX = "ntf_"
-INSTALL = 'pip install "ntf-toolkit[export,triton]"'
+INSTALL = 'pip install "ntf-toolkit[train,export,cpu,triton]"'
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from export.errors import ExportError
 from export.triton import main
 from export.triton_config import parsed_config
 from runtime.bundle import open_bundle
-from runtime.manifest import OUTPUTS, ProfileSpec, save_manifest
+from runtime.manifest import OUTPUTS, EngineSpec, ProfileSpec, save_manifest
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 ROOT = Path(__file__).parents[1]
@@ -25,12 +25,13 @@ ROOT = Path(__file__).parents[1]
 UINT8, FLOAT32 = schema.TYPE_UINT8, schema.TYPE_FP32
 
 
-def add_engine(folder, precision="fp32", *, flavour="trt", target="sm89", profile=(1, 4, 32)):
+def add_engine(folder, precision="fp32", *, flavour="trt", target="sm89", profile=(1, 4, 32), source_sha256=None):
     """Add a file to a bundle that stands for an engine; its content."""
     manifest = open_bundle(folder).manifest
+    source = manifest.onnx_artifact(precision)
     content = f"engine {precision} {flavour} {target}".encode()
     artifact = replace(
-        manifest.onnx_artifact(precision),
+        source,
         file=f"model.{precision}.{flavour}-{target}.engine",
         format="engine",
         sha256=hashlib.sha256(content).hexdigest(),
@@ -41,6 +42,7 @@ def add_engine(folder, precision="fp32", *, flavour="trt", target="sm89", profil
         targets=(target,),
         builder="tensorrt 10.9.0" if flavour == "trt" else "tensorrt_rtx 1.7",
         parity=(),
+        engine=EngineSpec(source.file, source_sha256 or source.sha256, "a" * 64, None, None, False, False, {}),
     )
     (folder / artifact.file).write_bytes(content)
     save_manifest(replace(manifest, artifacts=(*manifest.artifacts, artifact)), folder)
@@ -238,6 +240,23 @@ def test_an_engine_that_triton_cannot_serve_is_left_out_with_the_reason_or_refus
     assert "tiny_fp32_onnxruntime" in configs(tmp_path / "repo")
 
 
+def test_an_engine_is_served_where_the_graph_that_it_was_built_from_passed(bundle, tmp_path, capsys):
+    for precision in ("fp16", "int8"):
+        add_engine(bundle, precision)
+    assert write(bundle, tmp_path / "repo", "--backends", "tensorrt_plan") == 0
+    assert set(configs(tmp_path / "repo")) == {"tiny_fp32_tensorrt_plan", "tiny_fp16_tensorrt_plan"}
+    assert "without tensorrt_plan int8: model.int8.onnx has no passed comparison" in capsys.readouterr().out
+    assert write(bundle, tmp_path / "repo", "--backends", "tensorrt_plan", "--precisions", "int8") == 0
+    assert set(configs(tmp_path / "repo")) == {"tiny_int8_tensorrt_plan"}
+
+
+def test_an_engine_of_a_graph_that_the_bundle_has_no_more_is_left_out(bundle, tmp_path, capsys):
+    add_engine(bundle, "fp16", source_sha256="e" * 64)
+    assert write(bundle, tmp_path / "repo", "--backends", "tensorrt_plan") == 0
+    assert "the graph of model.fp16.trt-sm89.engine has no passed comparison" in capsys.readouterr().out
+    assert set(configs(tmp_path / "repo")) == {"tiny_fp32_tensorrt_plan"}
+
+
 def test_two_engines_of_one_precision_are_not_chosen_between(bundle, tmp_path, capsys):
     add_engine(bundle, target="sm90")
     assert write(bundle, tmp_path / "repo", "--backends", "tensorrt_plan") == 1
@@ -317,7 +336,17 @@ def test_a_text_outside_the_schema_is_an_error_with_its_place():
 def test_without_tritonclient_the_error_says_what_to_install(bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
     assert onnx_only(bundle, tmp_path / "repo") == 1
-    assert 'pip install "ntf-toolkit[export,triton]"' in capsys.readouterr().err
+    assert 'pip install "ntf-toolkit[train,export,cpu,triton]"' in capsys.readouterr().err
+
+
+def test_without_pytorch_the_openvino_backend_says_what_to_install(bundle, tmp_path, monkeypatch, capsys):
+    for name in ("export.openvino_ir", "export.onnx_export"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert write(bundle, tmp_path / "repo", "--backends", "openvino") == 1
+    error = capsys.readouterr().err
+    assert "Triton backend openvino: got import of torch halted" in error
+    assert 'pip install "ntf-toolkit[train,export,cpu]", or --backends onnxruntime' in error
 
 
 def test_a_repository_without_openvino_needs_no_pytorch(bundle, tmp_path):
