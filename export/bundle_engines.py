@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from export.bundling import sorted_artifacts, write_bundle
+from export.bundling import require_only_bundle, sorted_artifacts, write_bundle
 from export.engine_artifacts import EngineArtifact, build_engines, engine_source
 from export.engine_flavours import find_tensorrt
 from export.engine_progress import build_display
@@ -20,7 +20,7 @@ from runtime.manifest import Precision, ProfileSpec
 
 
 def build_bundle_engines(options: Options) -> Bundle:
-    """The bundle that --model names, with an engine for each asked precision; other files stay as they are.
+    """The bundle that --model names, with an engine for each asked precision; its other files stay as they are.
 
     Raises:
         NTFError: whatever was wrong, in a full sentence; the bundle stands as it was.
@@ -32,6 +32,7 @@ def build_bundle_engines(options: Options) -> Bundle:
     bundle = _open_folder(options.model)
     precisions = _precisions(options, bundle)
     sources = [engine_source(bundle.manifest, precision) for precision in precisions]
+    require_only_bundle(bundle.location, options.timing_cache)
     tensorrt = find_tensorrt()
     with build_display() as display:
         display.say(f"engines of {bundle.location} with {tensorrt.builder}: {', '.join(precisions)}")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from runtime.manifest import (
     GoldenSpec,
     ModelManifest,
     Precision,
+    manifest_from_json,
     manifest_to_json,
     save_manifest,
 )
@@ -30,6 +32,8 @@ from runtime.manifest import (
 GOLDEN_FILE = "golden.npz"
 CALIBRATION_FILE = "calibration.json"
 GOLDEN_PICTURES = 4
+# What an export writes, for a folder whose manifest cannot be read.
+_OWN_NAMES = (MANIFEST_FILE, GOLDEN_FILE, CALIBRATION_FILE, "model.*.onnx", "model.*.engine")
 
 
 def onnx_file(precision: str, remainder: str = "fp32") -> str:
@@ -46,7 +50,7 @@ def existing_bundle(folder: Path, checkpoint_sha256: str) -> Bundle | None:
     """The sound bundle of the same checkpoint that stands in a folder; None where there is nothing to keep.
 
     Raises:
-        ExportError: the folder holds something that is not a bundle, which is not overwritten.
+        ExportError: the folder holds something that is not a bundle or not of it, which is not overwritten.
     """
     restore_folder(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -58,12 +62,46 @@ def existing_bundle(folder: Path, checkpoint_sha256: str) -> Bundle | None:
             wanted="a new folder, or an earlier bundle",
             remedy="choose another folder",
         )
+    require_only_bundle(folder)
     try:
         bundle = open_bundle(folder)
     except BundleError as error:
         print(f"note: the bundle in {folder} is damaged and is replaced as a whole ({error})")
         return None
     return bundle if bundle.manifest.checkpoint_sha256 == checkpoint_sha256 else None
+
+
+def require_only_bundle(folder: Path, timing_cache: Path | None = None) -> None:
+    """Nothing where a folder has only files of its bundle in it, or is not there: it is replaced as a whole.
+
+    Args:
+        folder: of a bundle, sound or not.
+        timing_cache: file that a build is about to write, which must not lie in the folder either.
+
+    Raises:
+        ExportError: naming the first other file, which would be lost.
+    """
+    strangers = _strangers(folder)
+    if timing_cache is not None and timing_cache.resolve().is_relative_to(folder.resolve()):
+        strangers.append(timing_cache.name)
+    if strangers:
+        raise ExportError(
+            str(folder),
+            got=f"{strangers[0]} in it, which would be lost with the old folder",
+            wanted="a bundle and nothing else",
+            remedy="move that file elsewhere",
+        )
+
+
+def _strangers(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    try:
+        manifest = manifest_from_json((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        own: Iterable[str] = (MANIFEST_FILE, *(spec.file for spec in manifest.files()))
+    except (BundleError, OSError, UnicodeDecodeError):
+        own = _OWN_NAMES
+    return sorted(p.name for p in folder.iterdir() if not any(fnmatch(p.name, name) for name in own))
 
 
 def kept_artifacts(
@@ -145,10 +183,12 @@ def write_bundle(folder: Path, manifest: ModelManifest, files: Mapping[str, byte
         files: content of every file the manifest lists.
 
     Raises:
-        ExportError: the disk is full, or the folder cannot be written; the old bundle stands as it was.
+        ExportError: the disk is full, the folder cannot be written, or something else than a bundle is in it; what
+            was there stands as it was.
         BundleError: what was written cannot be read back; the old bundle stands as it was.
     """
     with replaced_folder(folder) as new:
+        require_only_bundle(folder)
         for name, content in files.items():
             write_file(new / name, content)
         save_manifest(manifest, new)

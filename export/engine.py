@@ -6,6 +6,7 @@ This module needs neither torch nor onnx: an engine can be built from a bundle w
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from export.engine_flavours import HARDWARE_COMPATIBLE, TIMING_CACHE, VERSION_COMPATIBLE, WORKSPACE, TensorRT
 from export.engine_log import Messages, errors_of, recorded_messages, without_driver_errors
 from export.engine_plan import EngineLayer, read_layers
-from export.engine_progress import Display, build_monitor, run_stoppable
+from export.engine_progress import Display, LineDisplay, build_monitor, run_stoppable
 from export.engine_targets import Target, resolve_target, set_capabilities
 from export.errors import ExportError
 from runtime.manifest import INPUT_NAME, OUTPUTS, ProfileSpec
@@ -71,6 +72,9 @@ def check_settings(tensorrt: TensorRT, settings: EngineSettings) -> None:
     if settings.workspace_mib is not None and settings.workspace_mib < 1:
         got = f"{settings.workspace_mib} MiB"
         raise ExportError(WORKSPACE, got=got, wanted="at least 1 MiB", remedy="leave it out to set no limit")
+    path = settings.timing_cache
+    if path is not None and not path.parent.is_dir():
+        raise _timing_error(path, f"no folder {path.parent}", "a file in a folder that is there", "make the folder")
 
 
 def engine_from_onnx(
@@ -115,7 +119,7 @@ def engine_from_onnx(
         if engine is None:
             raise _refusal(label, errors_of(messages) or "no engine and no message", "an engine")
         if settings.timing_cache is not None:
-            _keep_timings(config, settings.timing_cache)
+            _keep_timings(config, settings.timing_cache, display or LineDisplay())
         layers = read_layers(messages)
     return BuiltEngine(bytes(engine), tensorrt.flavour.kind, tensorrt.builder, target, profile, layers, seconds)
 
@@ -169,8 +173,6 @@ def _apply(trt: Any, config: Any, settings: EngineSettings) -> None:
 
 
 def _use_timings(config: Any, path: Path) -> None:
-    if not path.parent.is_dir():  # said now, and not after the build
-        raise _timing_error(path, f"no folder {path.parent}", "a file in a folder that is there", "make the folder")
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
@@ -181,16 +183,16 @@ def _use_timings(config: Any, path: Path) -> None:
         raise _timing_error(path, got, "one that this TensorRT wrote on this GPU", "delete it, or name another file")
 
 
-def _keep_timings(config: Any, path: Path) -> None:
+def _keep_timings(config: Any, path: Path, display: Display) -> None:
     temporary = path.with_name(f".{path.name}.new")
     try:
         temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _timing_error(
-            path, str(error.strerror), "a place to write to", "check its permissions and the free space"
-        ) from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # The engine is there, after a long build perhaps; without times the next one only takes as long again.
+        display.say(f"note: {TIMING_CACHE} {path} was not written ({error.strerror or error}); the engine is whole")
 
 
 def _timing_error(path: Path, got: str, wanted: str, remedy: str) -> ExportError:

@@ -95,6 +95,19 @@ def test_an_engine_is_built_in_an_environment_of_numpy_and_tensorrt_rtx_alone(ti
     assert not set(BLOCKED) & set(listed)
 
 
+@pytest.mark.parametrize("stranger", ["MODEL_CARD.md", "times.cache"])
+def test_a_file_that_would_be_lost_is_refused_before_anything_is_built(tiny_bundle, monkeypatch, capsys, stranger):
+    monkeypatch.setattr("export.bundle_engines.find_tensorrt", None)
+    path = tiny_bundle / stranger
+    options = ["--timing-cache", str(path)] if stranger == "times.cache" else []
+    if not options:
+        path.write_text("mine")
+    before = files(tiny_bundle)
+    assert main(command(tiny_bundle, *options)) == 1
+    assert f"got {stranger} in it, which would be lost" in capsys.readouterr().err
+    assert files(tiny_bundle) == before
+
+
 def test_an_identical_build_is_not_made_again(with_engine, capsys, monkeypatch):
     before = files(with_engine)
     monkeypatch.setattr("export.engine_artifacts.engine_from_onnx", None)

@@ -178,6 +178,29 @@ def test_an_existing_bundle_of_other_weights_is_not_kept(old_and_new):
     assert os.listdir(target.parent) == ["tiny"]
 
 
+@pytest.mark.parametrize("manifest", ["as it is", "not one"])
+def test_a_file_that_is_not_of_the_bundle_is_refused_early_and_late_and_stays(old_and_new, manifest):
+    _, new, target = old_and_new
+    if manifest == "not one":
+        (target / "manifest.json").write_text("{}")
+    (target / "MODEL_CARD.md").write_text("mine")
+    before = contents(target)
+    words = r"got MODEL_CARD\.md in it, .* wanted a bundle and nothing else: move that file elsewhere"
+    with pytest.raises(ExportError, match=words):
+        existing_bundle(target, CHECKPOINT)
+    with pytest.raises(ExportError, match=words):
+        rewrite(new, target)
+    assert contents(target) == before
+    assert os.listdir(target.parent) == ["tiny"]
+
+
+def test_a_bundle_with_a_damaged_manifest_and_nothing_else_is_replaced(old_and_new):
+    _, new, target = old_and_new
+    (target / "manifest.json").write_text("{}")
+    assert existing_bundle(target, CHECKPOINT) is None
+    assert rewrite(new, target).manifest.name == "new"
+
+
 _REWRITTEN = """
 import hashlib, onnx
 from bundle_fixtures import tiny_graph
