@@ -61,7 +61,7 @@ class MatchedTensors:
 
 
 @dataclass(frozen=True)
-class LayerError:
+class TensorError:
     """How far one tensor is from its counterpart, over all pictures.
 
     Attributes:
@@ -101,12 +101,12 @@ class LayerComparison:
     precision: str
     pictures: int
     bound_db: float
-    layers: tuple[LayerError, ...]
+    layers: tuple[TensorError, ...]
     reference_only: tuple[str, ...]
     graph_only: tuple[str, ...]
 
     @property
-    def culprit(self) -> LayerError | None:
+    def culprit(self) -> TensorError | None:
         """The first tensor, in the order of the graph, whose error passes the bound."""
         return next((layer for layer in self.layers if layer.sqnr_db < self.bound_db), None)
 
@@ -295,14 +295,14 @@ class _Sums:
         return _ratio(self.noise, self.signal)
 
 
-def _layer_errors(graph: ModelProto, sums: Mapping[TensorPair, _Sums]) -> Iterator[LayerError]:
+def _layer_errors(graph: ModelProto, sums: Mapping[TensorPair, _Sums]) -> Iterator[TensorError]:
     makers = producers(graph)
     ratios = {pair.other: found.noise_ratio for pair, found in sums.items()}
     for pair, found in sums.items():
         node = makers[pair.other]
         inherited = max((ratios.get(name, 0.0) for name in node.input), default=0.0)
         added = found.noise_ratio - inherited if np.isfinite(inherited) else 0.0
-        yield LayerError(
+        yield TensorError(
             tensor=pair.reference,
             compared=pair.other,
             node=node.name or pair.other,

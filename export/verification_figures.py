@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.latency import END_TO_END, GRAPH, Latency, LatencySweep
-from export.layer_comparison import EQUAL_DB, LayerComparison, LayerError
+from export.layer_comparison import EQUAL_DB, LayerComparison, TensorError
 from export.precision import LAYER_OPS
 from export.verification import Scores
 from runtime.backends import BACKENDS
@@ -148,7 +148,7 @@ def _draw_layers(axes: Axes, comparison: LayerComparison) -> None:
     axes.legend(fontsize="small", loc="upper center", ncols=4)
 
 
-def _named_places(layers: Sequence[LayerError]) -> list[int]:
+def _named_places(layers: Sequence[TensorError]) -> list[int]:
     """Places of the layers with weights, thinned out until their names can be read."""
     places = [place for place, layer in enumerate(layers) if layer.op_type in LAYER_OPS]
     return places[:: 1 + len(places) // MAX_TICKS]

@@ -9,13 +9,13 @@ from typing import Any
 
 from export.batch_invariance import LIMITS as INVARIANCE_LIMITS
 from export.latency import STAGES, Latency, LatencySweep, LeftOut
-from export.layer_comparison import EQUAL_DB, LayerComparison, LayerError
+from export.layer_comparison import EQUAL_DB, LayerComparison, TensorError
 from export.parity import LIMITS
 from export.report import COLUMNS, JSON_FILE, LEFT_OUT, MARKDOWN_FILE, parity_rows
 from export.verification import Verification, verification_json
 from export.verification_figures import write_latency_figure, write_layers_figure, write_logits_figure
 from runtime.golden import GoldenCheck
-from train.checkpoint import write_atomically
+from train.checkpoint import make_folder, write_atomically
 from train.markdown import markdown_table, markdown_text
 
 LOGITS_FIGURE, LAYERS_FIGURE, LATENCY_FIGURE = "verify_logits.png", "verify_layers.png", "verify_latency.png"
@@ -30,8 +30,11 @@ def write_verification(folder: Path, result: Verification, about: Mapping[str, A
         folder: made where it is not there; pictures of an earlier verification go.
         result: what was found.
         about: model, data, machine and versions.
+
+    Raises:
+        NTFError: the folder cannot be written, or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, option="--out")
     for name in (LAYERS_FIGURE, LATENCY_FIGURE):
         (folder / name).unlink(missing_ok=True)
     write_logits_figure(folder / LOGITS_FIGURE, result.scores)
@@ -169,7 +172,7 @@ def _layers_section(comparison: LayerComparison) -> str:
     )
 
 
-def _layers_table(layers: Sequence[LayerError]) -> str:
+def _layers_table(layers: Sequence[TensorError]) -> str:
     head = ["tensor", "node", "operator", "SQNR dB", "own SQNR dB", "max rel. error", "mean rel. error"]
     rows = [
         [

@@ -27,7 +27,7 @@ from export.verification import Verification
 from export.verification_report import write_verification
 from runtime.bundle import Bundle, newest_bundle, open_bundle
 from runtime.errors import NTFError, UsageError
-from train.checkpoint import load_config
+from train.checkpoint import load_config, make_folder
 from train.integrity import data_source, split_of_run
 from train.pictures import PictureSet
 from train.provenance import environment
@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_usable(options, bundle)
         run = options.run or run_of_checkpoint(bundle.manifest.checkpoint_sha256, options.runs)
         pictures = chosen_pictures(options, run)
+        out = options.out or run / REPORT_FOLDER
+        make_folder(out, option="--out")  # said now, and not after all the measuring
         console.print(f"verifying {bundle.location} against {run} on {len(pictures)} pictures of {pictures.root}")
         result = verify_bundle(
             bundle,
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "data_sha256": pictures.content_sha256(),
             "environment": environment(),
         }
-        written = write_verification(options.out or run / REPORT_FOLDER, result, about)
+        written = write_verification(out, result, about)
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE

@@ -11,10 +11,11 @@ from export.budget import Budget, Cost
 from export.calibration import PreparedPictures
 from export.errors import ExportError
 from export.graph import copy_of, initializers, model_bytes, store
-from export.judge import ALL, NODE_BY_NODE, Candidate, Judge
+from export.judge import ALL, CALIBRATED_ON, NODE_BY_NODE, Candidate, Judge
 from export.parity import matched_thresholds
 from export.trt_options import Options
 from runtime.bundle import open_bundle
+from runtime.golden import STORED_FROM
 from runtime.manifest import CalibrationSpec
 from runtime.preprocess import PreprocessSpec
 from train.checkpoint import load_calibration, load_detector
@@ -164,3 +165,7 @@ def test_thresholds_are_moved_towards_the_wanted_verdicts_but_never_to_a_laxer_p
     assert matched_thresholds(fitted, logits, laxer).real_threshold == 1.5
     earlier = np.array(["real", "fake", "fake", "fake", "fake", "fake"])
     assert matched_thresholds(fitted, logits, earlier).fake_threshold == 1.5
+
+
+def test_golden_outputs_are_stored_from_the_back_end_that_a_precision_is_calibrated_on():
+    assert CALIBRATED_ON == STORED_FROM

@@ -12,7 +12,7 @@ from PIL import Image
 
 from export.batch_invariance import BatchInvariance
 from export.latency import Latency, LatencySweep, LeftOut
-from export.layer_comparison import EQUAL_DB, WORST_DB, LayerComparison, LayerError
+from export.layer_comparison import EQUAL_DB, WORST_DB, LayerComparison, TensorError
 from export.report import check_table, latency_table
 from export.verification import Scores, Verification, verification_json
 from export.verification_report import verification_markdown, write_verification
@@ -34,9 +34,9 @@ LAYERS = LayerComparison(
     16,
     10.0,
     (
-        LayerError("images", "images", "cast", "Cast", EQUAL_DB, EQUAL_DB, 0.0, 0.0),
-        LayerError("a", "a", "conv_1", "Conv", 12.0, 12.0, 0.3, 0.2),
-        LayerError("a", "a.dq", "a.dequantize", "DequantizeLinear", 11.0, 18.0, 0.3, 0.2),
+        TensorError("images", "images", "cast", "Cast", EQUAL_DB, EQUAL_DB, 0.0, 0.0),
+        TensorError("a", "a", "conv_1", "Conv", 12.0, 12.0, 0.3, 0.2),
+        TensorError("a", "a.dq", "a.dequantize", "DequantizeLinear", 11.0, 18.0, 0.3, 0.2),
     ),
     (),
     ("extra",),
