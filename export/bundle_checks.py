@@ -14,8 +14,10 @@ from onnx import ModelProto
 from rich.progress import track
 
 from export.batch_invariance import BATCH, BatchInvariance, check_batch_invariance, extreme_pictures
+from export.budget import Budget
 from export.calibration import PreparedPictures
 from export.errors import ExportError
+from export.judge import NODE_BY_NODE, Candidate, Judge
 from export.latency import BATCHES, LatencySweep, joined_sweeps, measure_latency
 from export.layer_comparison import LayerComparison, compare_layers
 from export.parity import (
@@ -28,7 +30,9 @@ from export.parity import (
     running_backends,
     unit_of_evidence,
 )
+from export.report import graph_name, graph_parts
 from export.run_inputs import require_checkpoint
+from export.trt_options import Options
 from export.verification import Scores, Verification
 from runtime.backends import Backend
 from runtime.bundle import Bundle
@@ -55,6 +59,8 @@ def verify_bundle(
 ) -> Verification:
     """Every ONNX graph of a bundle on every back-end that runs here, through all checks.
 
+    The INT8 graph with an FP16 remainder, which is for engines, is compared with PyTorch alone, on one back-end.
+
     Args:
         bundle: opened, so its files are what the manifest says.
         run: the run folder it was exported from.
@@ -70,7 +76,7 @@ def verify_bundle(
     graphs = onnx_graphs(bundle)
     prepared = PreparedPictures(pictures, bundle.manifest.preprocess, pictures.content_sha256())
     with opened_backends(graphs, bundle.manifest, required_backends()) as backends:
-        scores = collect_scores(run, prepared, backends)
+        scores = with_engine_graph(collect_scores(run, prepared, backends), bundle, prepared)
         comparisons, broken = compare_scores(scores, bundle)
         golden = tuple(check_golden(bundle, backend, precision) for (precision, _), backend in backends.items())
         invariance = check_batches(backends, prepared, scores)
@@ -111,22 +117,42 @@ def collect_scores(run: Path, pictures: PreparedPictures, backends: Backends) ->
     return Scores(labels, reference, load_calibration(run), found)
 
 
+def with_engine_graph(scores: Scores, bundle: Bundle, pictures: PreparedPictures) -> Scores:
+    """The scores, and those of the INT8 graph that engines are built from, on one back-end as at the export."""
+    artifact = bundle.manifest.onnx_artifact("int8", "fp16")
+    if artifact is None:
+        return scores
+    names = required_backends()
+    backend = "openvino" if "openvino" in names else NODE_BY_NODE
+    judge = Judge(pictures, scores.reference, scores.calibration, bundle.manifest, names, Budget.of(Options()))
+    logits = judge.scores(Candidate("int8", bundle.read(artifact), "fp16"), backend)
+    return replace(scores, found={**scores.found, (graph_name("int8", "fp16"), backend): logits})
+
+
 def compare_scores(scores: Scores, bundle: Bundle) -> tuple[tuple[tuple[str, ParitySpec], ...], dict[str, list[str]]]:
-    """Figures of every precision and back-end against PyTorch, and the limits that they break, in words."""
+    """Figures of every graph and back-end against PyTorch, and the limits that they break, in words.
+
+    Where logits are not finite there are no figures: that is the limit which is broken.
+    """
     comparisons, broken = [], {}
-    for (precision, name), logits in scores.found.items():
+    reference = centred_thresholds(scores.calibration, scores.reference)
+    for (graph, name), logits in scores.found.items():
+        precision, _ = graph_parts(graph)
+        if off := int((~np.isfinite(logits)).sum()):
+            broken[f"{graph} on {name}"] = [f"{off} of {len(logits)} logits are not finite"]
+            continue
         parity = compare_logits(
             logits,
             scores.reference,
             scores.labels,
             calibration=bundle.manifest.calibration[precision],
-            reference_calibration=centred_thresholds(scores.calibration, scores.reference),
+            reference_calibration=reference,
             backend=name,
             limits=LIMITS[precision],
         )
-        comparisons.append((precision, parity))
-        broken[f"{precision} on {name}"] = broken_limits(
-            parity, LIMITS[precision], calibration=scores.calibration, logit_std=float(np.std(scores.reference))
+        comparisons.append((graph, parity))
+        broken[f"{graph} on {name}"] = broken_limits(
+            parity, LIMITS[precision], calibration=reference, logit_std=float(np.std(scores.reference))
         )
     return tuple(comparisons), broken
 
@@ -155,8 +181,7 @@ def compare_graphs(
         pictures: of the model.
         bounds_db: SQNR that no tensor may fall below, for each precision that is compared.
     """
-    places = np.linspace(0, len(pictures) - 1, min(LAYER_PICTURES, len(pictures)))
-    some = pictures_at(pictures, places.round().astype(int))
+    some = pictures.evenly_spaced(LAYER_PICTURES)
     models = {name: ModelProto.FromString(content) for name, content in graphs.items() if name in {"fp32", *bounds_db}}
     return tuple(
         compare_layers(models["fp32"], models[name], some.batches, precision=name, bound_db=bound_db)

@@ -32,6 +32,17 @@ LEFT_OUT = "left out"
 Rows = Sequence[tuple[str, ParitySpec]]
 
 
+def graph_name(precision: str, remainder: str = "fp32") -> str:
+    """What a graph is called in reports: its precision, and what it computes in between where that is not FP32."""
+    return precision if remainder == "fp32" else f"{precision}+{remainder}"
+
+
+def graph_parts(name: str) -> tuple[str, str]:
+    """Precision and remainder of a graph that `graph_name` named."""
+    precision, _, remainder = name.partition("+")
+    return precision, remainder or "fp32"
+
+
 def parity_rows(rows: Rows) -> list[list[str]]:
     """Cells of the table, one row for each precision and back-end."""
     return [

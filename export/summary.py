@@ -16,7 +16,7 @@ import tyro
 
 from export.errors import ExportError
 from export.report import JSON_FILE as VERIFICATION_FILE
-from export.report import REPORT_FOLDER
+from export.report import REPORT_FOLDER, graph_name
 from runtime.bundle import newest_bundle, open_bundle
 from runtime.errors import NTFError
 from runtime.manifest import ArtifactSpec
@@ -94,30 +94,31 @@ def read_report(run: Path, name: Path, command: str) -> dict[str, Any]:
 
 
 def graph_sizes(artifacts: Sequence[ArtifactSpec]) -> dict[str, int]:
-    """Bytes of the ONNX graph of each precision."""
-    return {artifact.precision: artifact.size_bytes for artifact in artifacts if artifact.format == "onnx"}
+    """Bytes of each ONNX graph, by `export.report.graph_name`."""
+    return {graph_name(a.precision, a.remainder): a.size_bytes for a in artifacts if a.format == "onnx"}
 
 
 def precision_table(comparisons: Sequence[dict[str, Any]], size_bytes: Mapping[str, int]) -> str:
-    """One line per precision and back-end.
+    """One line per graph and back-end.
 
     Args:
         comparisons: of `verify.json`.
-        size_bytes: of the ONNX graph of each precision.
+        size_bytes: of each graph, from `graph_sizes`.
     """
+    names = [graph_name(row["precision"], row.get("remainder", "fp32")) for row in comparisons]
     rows = [("precision", "back-end", "ONNX", "largest logit diff", "AP change", "verdict flips", "opposite", "result")]
     rows += [
         (
-            row["precision"],
+            name,
             row["backend"],
-            f"{size_bytes[row['precision']] / 1e6:.1f} MB",
+            f"{size_bytes[name] / 1e6:.1f} MB",
             f"{row['logit_diff_max']:.1e}",
             "n/a" if row["ap_change_points"] is None else f"{row['ap_change_points']:+.2f}",
             f"{row['verdict_flips']} of {row['pictures']}",
             str(row["opposite_verdicts"]),
             "pass" if row["passed"] else "FAIL",
         )
-        for row in comparisons
+        for name, row in zip(names, comparisons, strict=True)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

@@ -14,6 +14,7 @@ from export.batch_invariance import BatchInvariance
 from export.latency import STAGES, LatencySweep
 from export.layer_comparison import LayerComparison
 from export.parity import LIMITS, REFERENCE, Labels, Logits
+from export.report import graph_parts
 from runtime.golden import GoldenCheck
 from runtime.manifest import CalibrationSpec, ParitySpec
 
@@ -26,7 +27,7 @@ class Scores:
         labels: (N,) 0 real, 1 fake.
         reference: (N,) of PyTorch.
         calibration: of PyTorch.
-        found: (N,) by (precision, back-end).
+        found: (N,) by (graph, back-end); a graph is called as in `export.report.graph_name`.
     """
 
     labels: Labels
@@ -41,8 +42,8 @@ class Verification:
 
     Attributes:
         scores: logits that the comparisons are made of.
-        comparisons: precision and figures, for every precision and back-end.
-        broken: limits that a comparison breaks, in words, by "<precision> on <back-end>".
+        comparisons: graph and figures, for every graph and back-end.
+        broken: limits that a comparison breaks, in words, by "<graph> on <back-end>".
         golden: golden inputs on every precision and back-end.
         invariance: scores in batches, on every precision and back-end.
         layers: of the graphs that were compared layer by layer.
@@ -90,8 +91,12 @@ def verification_json(result: Verification, about: Mapping[str, Any]) -> str:
         "failures": result.failures,
         "limits": LIMITS,
         "comparisons": [
-            {"precision": p, **dataclasses.asdict(parity), "broken": list(result.broken[f"{p} on {parity.backend}"])}
-            for p, parity in result.comparisons
+            {
+                **dict(zip(("precision", "remainder"), graph_parts(name), strict=True)),
+                **dataclasses.asdict(parity),
+                "broken": list(result.broken[f"{name} on {parity.backend}"]),
+            }
+            for name, parity in result.comparisons
         ],
         "golden": [{**dataclasses.asdict(c), "passed": not c.broken()} for c in result.golden],
         "batch_invariance": {

@@ -27,20 +27,20 @@ MAX_TICKS = 40
 
 
 def write_logits_figure(path: Path, scores: Scores) -> None:
-    """Difference of each picture's logit over PyTorch's logit, one panel for each precision; written atomically.
+    """Difference of each picture's logit over PyTorch's logit, one panel for each graph; written atomically.
 
     Args:
         path: PNG to write.
-        scores: of all precisions and back-ends.
+        scores: of all graphs and back-ends.
     """
     # Figure without pyplot: no window system and no global state.
     from matplotlib.figure import Figure
 
-    precisions = [name for name in PRECISIONS if any(key[0] == name for key in scores.found)]
-    figure = Figure(figsize=(4.4 * len(precisions), 4), layout="constrained")
-    panels = figure.subplots(1, len(precisions), squeeze=False)[0]
-    for axes, precision in zip(panels, precisions, strict=True):
-        for (_, backend), logits in (item for item in scores.found.items() if item[0][0] == precision):
+    graphs = list(dict.fromkeys(graph for graph, _ in scores.found))
+    figure = Figure(figsize=(4.4 * len(graphs), 4), layout="constrained")
+    panels = figure.subplots(1, len(graphs), squeeze=False)[0]
+    for axes, graph in zip(panels, graphs, strict=True):
+        for (_, backend), logits in (item for item in scores.found.items() if item[0][0] == graph):
             difference = logits.astype(np.float64) - scores.reference
             for label, (mark, word) in LABEL_MARKS.items():
                 mine = scores.labels == label
@@ -48,10 +48,11 @@ def write_logits_figure(path: Path, scores: Scores) -> None:
                 style = {"color": _backend_colour(backend), "s": 14, "alpha": 0.6, "linewidths": 0.8}
                 axes.scatter(scores.reference[mine], difference[mine], marker=mark, label=name, **style)
         _draw_thresholds(axes, scores)
-        axes.set(title=precision, xlabel="logit of PyTorch FP32")
+        axes.set(title=graph, xlabel="logit of PyTorch FP32")
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
     panels[0].set_ylabel("difference of the logit")
-    panels[-1].legend(fontsize="small")
+    for axes in dict.fromkeys((panels[0], panels[-1])):  # a graph for engines comes last, and on one back-end
+        axes.legend(fontsize="small")
     write_png(path, figure, dpi=DPI)
 
 

@@ -34,6 +34,13 @@ def test_precision_table_has_one_line_per_comparison(tiny_bundle):
     assert second.endswith("FAIL")
 
 
+def test_an_int8_graph_for_engines_has_a_line_and_a_size_of_its_own():
+    rows = [COMPARISON | {"precision": "int8", "remainder": remainder} for remainder in ("fp32", "fp16")]
+    _, first, second = precision_table(rows, {"int8": 4_000_000, "int8+fp16": 3_000_000}).splitlines()
+    assert (first.split()[0], first.split()[2]) == ("int8", "4.0")
+    assert (second.split()[0], second.split()[2]) == ("int8+fp16", "3.0")
+
+
 def test_missing_report_names_the_command_that_writes_it(tmp_path, tiny_bundle, capsys):
     with pytest.raises(ExportError, match=r"run python -m train\.evaluate first"):
         read_report(tmp_path, tmp_path / "evaluation.json", "train.evaluate")

@@ -6,14 +6,18 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+from bundle_fixtures import CALIBRATION
 from exported import finished_run, full_bundle, pictures
 from onnx import numpy_helper
 
+from export.bundle_checks import compare_scores
 from export.graph import initializers, model_bytes, store
+from export.verification import Scores
 from export.verify import main
 from runtime.backends.ort import OrtBackend
 from runtime.bundle import open_bundle
@@ -78,7 +82,10 @@ def test_a_sound_bundle_passes_every_check_and_leaves_json_markdown_and_pictures
     assert "passed; report: " in out
     found = json.loads((tmp_path / "out" / "verify.json").read_text())
     assert (found["passed"], found["failures"]) == (True, {})
-    everywhere = [(c["precision"], c["backend"]) for c in found["comparisons"]]
+    everywhere = [(c["precision"], c["backend"]) for c in found["comparisons"] if c["remainder"] == "fp32"]
+    for_engines = found["comparisons"][-1]
+    assert (for_engines["precision"], for_engines["remainder"]) == ("int8", "fp16")
+    assert len(found["comparisons"]) == len(everywhere) + 1
     assert set(everywhere) >= {(precision, "onnxruntime") for precision in PRECISIONS}
     assert all(c["passed"] and c["pictures"] == 40 and not c["broken"] for c in found["comparisons"])
     for checks in (found["golden"], found["batch_invariance"]["checks"]):
@@ -89,7 +96,12 @@ def test_a_sound_bundle_passes_every_check_and_leaves_json_markdown_and_pictures
         (x["precision"], x["backend"], x["stage"], x["batch"]) for x in (*latency["measured"], *latency["left_out"])
     }
     assert cells == {(*where, stage, b) for where in everywhere for stage in latency["stages"] for b in (1, 2)}
-    assert set(found["logits"]) == {"labels", "torch fp32", *(f"{p} on {b}" for p, b in everywhere)}
+    assert set(found["logits"]) == {
+        "labels",
+        "torch fp32",
+        *(f"{p} on {b}" for p, b in everywhere),
+        f"int8+fp16 on {for_engines['backend']}",
+    }
     assert {len(values) for values in found["logits"].values()} == {40}
     assert found["environment"]["versions"]["onnxruntime"]
     assert found["environment"]["machine"]["cores"] >= 1
@@ -104,8 +116,9 @@ def test_one_damaged_scale_of_int8_fails_and_its_layer_is_named(bundle, tmp_path
     node = first_scale(onnx.load(bundle / "model.int8.onnx")).removesuffix(".weight.scale")
     assert f"of node {node} (Conv) is the first with too much noise" in out
     found = json.loads((tmp_path / "out" / "verify.json").read_text())
-    passed = {c["precision"]: c["passed"] for c in found["comparisons"]}
-    assert passed == {"fp32": True, "fp16": True, "int8": False}
+    passed = {(c["precision"], c["remainder"]): c["passed"] for c in found["comparisons"]}
+    whole = {("fp32", "fp32"), ("fp16", "fp32"), ("int8", "fp16")}
+    assert passed == dict.fromkeys(whole, True) | {("int8", "fp32"): False}
     layers = [(c["precision"], c["bound_db"], c["culprit"] and c["culprit"]["node"]) for c in found["layers"]]
     assert layers == [("fp16", 30, None), ("int8", 10, node)]
     assert {c["pictures"] for c in found["layers"]} == {16}
@@ -113,6 +126,16 @@ def test_one_damaged_scale_of_int8_fails_and_its_layer_is_named(bundle, tmp_path
     assert "FAIL int8 on" in text
     assert "FAIL layers of int8" in text
     assert str(tmp_path) not in text
+
+
+def test_a_damaged_graph_for_engines_fails_alone(bundle, tmp_path, onnxruntime_alone, capsys):
+    change_graph(bundle, "int8-fp16", scale_by(8.0))
+    assert verify(bundle, tmp_path) == 1
+    found = json.loads((tmp_path / "out" / "verify.json").read_text())
+    assert list(found["failures"]) == ["int8+fp16 on onnxruntime without optimizations"]
+    assert "int8+fp16 on onnxruntime without optimizations is outside its limits" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_small_change_of_an_fp32_weight_fails(bundle, tmp_path, onnxruntime_alone, capsys):
@@ -123,6 +146,55 @@ def test_a_small_change_of_an_fp32_weight_fails(bundle, tmp_path, onnxruntime_al
     change_graph(bundle, "fp32", nudge)
     assert verify(bundle, tmp_path) == 1
     assert "--layers fp16 int8 compares the graphs" in capsys.readouterr().out
+
+
+class Poisoned(OrtBackend):
+    """Gives no number for the first picture of a batch of pictures."""
+
+    def infer(self, images):
+        outputs = super().infer(images)
+        outputs.logits[0] = np.nan if len(images) % 2 else np.inf
+        return outputs
+
+
+def test_logits_that_are_not_finite_are_a_broken_gate_with_a_report(tmp_path, onnxruntime_alone, monkeypatch, capsys):
+    folder = full_bundle()
+    monkeypatch.setattr("runtime.backends.ort.OrtBackend", Poisoned)
+    assert verify(folder, tmp_path) == 1
+    assert "int8 on onnxruntime is outside its limits: 3 of 40 logits are not finite" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "verify.json").read_text())
+    assert found["failures"]["fp32 on onnxruntime"] == ["3 of 40 logits are not finite"]
+    assert found["logits"]["fp32 on onnxruntime"][0] is None
+    assert "3 of 40 logits are not finite" in (tmp_path / "out" / "verify.md").read_text()
+
+
+@pytest.mark.parametrize("wrong", ["a file", "read-only"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys, wrong):
+    monkeypatch.setattr("export.verify.verify_bundle", None)
+    if wrong == "a file":
+        (tmp_path / "out").write_text("mine")
+    else:
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert verify(full_bundle(), tmp_path) == 2
+    assert f"error: --out {tmp_path / 'out'}: got " in capsys.readouterr().err
+
+
+def test_a_comparison_passes_exactly_where_it_breaks_no_limit():
+    # The band holds no picture, so centred both thresholds are one, and opposite verdicts count as flips.
+    rng = np.random.default_rng(0)
+    reference = np.concatenate([rng.normal(-3, 1, 100), rng.normal(3, 1, 100)]).astype(np.float32)
+    labels = np.repeat([0, 1], 100)
+    near = np.argsort(np.abs(reference))
+    moved = np.concatenate([near[labels[near] == 0][:6], near[labels[near] == 1][:6]])
+    labels[moved[::2]] = 1 - labels[moved[::2]]  # as many get right as get wrong
+    logits = reference.copy()
+    logits[moved] = -0.15 * np.sign(reference[moved])
+    band = replace(CALIBRATION, real_threshold=-0.1, fake_threshold=0.1)
+    scores = Scores(labels, reference, band, {("int8", "onnxruntime"): logits})
+    bundle = SimpleNamespace(manifest=SimpleNamespace(calibration={"int8": band}))
+    ((_, parity),), broken = compare_scores(scores, bundle)
+    assert parity.opposite_verdicts == 12
+    assert (parity.passed, broken["int8 on onnxruntime"]) == (True, [])
 
 
 def test_a_back_end_whose_scores_change_with_the_batch_fails(tmp_path, onnxruntime_alone, monkeypatch, capsys):
