@@ -24,6 +24,7 @@ from export.bundling import (
     golden_spec,
     kept_artifacts,
     onnx_file,
+    require_only_bundle,
     sorted_artifacts,
     write_bundle,
 )
@@ -81,6 +82,7 @@ def export_run(options: Options) -> Bundle:
     tensorrt = installed_tensorrt(engine_settings(options), console) if options.engine else None
     inputs = load_run(run, data=options.data)
     old = existing_bundle(folder, inputs.checkpoint_sha256)
+    require_only_bundle(folder, options.timing_cache)
 
     console.print("exporting the PyTorch model to ONNX")
     fp32 = onnx_from_model(inputs.detector)
