@@ -71,6 +71,15 @@ def test_a_build_runs_in_a_thread_and_its_result_and_its_error_come_back(trt):
         run_stoppable(lambda: 1 // 0, monitor)
 
 
+@pytest.fixture
+def python_handles_ctrl_c():
+    """As in a program; a library that earlier tests loaded may have left SIGINT to the system."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_ctrl_c_stops_the_build_at_its_next_step_and_goes_on_to_the_caller(trt):
     monitor = build_monitor(trt, "engine", None)
     ended = []
