@@ -81,13 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit status 0, or 2 with a sentence."""
     options = tyro.cli(Options, prog="python -m benchmarks.quantization", args=arguments)
     try:
-        listed = write_list(options)
-        rows = [measured(name, listed, options) for name in options.encoders]
+        listed, rows = write_list(options), []
+        for name in options.encoders:
+            rows.append(measured(name, listed, options))
+            # After each: the next may take long, or fail.
+            save_json(RESULTS, {"encoders": rows, "pictures": options.val, "environment": environment()})
+            write_table()
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    save_json(RESULTS, {"encoders": rows, "pictures": options.val, "environment": environment()})
-    write_table()
     print(f"wrote {RESULTS} and the table in {DOCUMENT}")
     return 0
 
