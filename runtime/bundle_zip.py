@@ -43,7 +43,7 @@ def opened_zip(location: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(location) as archive:
             yield archive
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
         _refuse(location, f"a file that is no sound .zip ({error})", "a bundle folder or .zip file", COPY_AGAIN)
 
 

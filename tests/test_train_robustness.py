@@ -214,7 +214,10 @@ def test_options_that_make_no_sense_are_refused(change: dict[str, object], messa
 
 
 def test_strengths_of_operations_that_are_left_out_are_not_looked_at() -> None:
-    check_robustness(RobustnessConfig(enabled=True, operations=("blur",), jpeg=()))
+    without = RobustnessConfig(enabled=True, operations=("blur",), jpeg=())
+    check_robustness(without)
+    with pytest.raises(ConfigError, match="jpeg"):
+        check_robustness(replace(without, operations=("blur", "jpeg")))
 
 
 def test_pillow_that_cannot_write_webp_is_refused_before_work_begins(monkeypatch: pytest.MonkeyPatch) -> None:
