@@ -28,6 +28,7 @@ from export.onnx_export import PARITY_LIMIT
 from export.parity import LIMITS, broken_limits, compare_logits
 from export.run_inputs import require_checkpoint, validation_pictures
 from runtime.backends import Outputs, open_backend
+from runtime.backends.openvino import compile_for_cpu
 from runtime.bundle import Bundle, newest_bundle, open_bundle
 from runtime.errors import NTFError
 from runtime.manifest import INPUT_NAME, OUTPUTS, PRECISIONS, ArtifactSpec, ParitySpec, Precision
@@ -140,10 +141,7 @@ def ir_from_onnx(model: bytes, facts: Mapping[str, str]) -> tuple[bytes, bytes]:
 
 def opened_ir(xml: bytes, weights: bytes) -> Any:
     """Function from images (N, H, W, 3) uint8 to Outputs: the IR as the runtime's back-end would open it."""
-    openvino = _openvino()
-    graph = openvino.Core().read_model(xml, weights)
-    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(graph, "CPU", config).create_infer_request()
+    request = compile_for_cpu(xml, weights).create_infer_request()
 
     def infer(images: NDArray[np.uint8]) -> Outputs:
         results = request.infer({INPUT_NAME: images}, share_outputs=False)

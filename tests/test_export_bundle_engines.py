@@ -151,6 +151,8 @@ import os, signal, sys
 import export.engine_progress
 from export.trt import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it would stay ignored in a test run in the background
+
 def press_once(display, phase, done):
     if not sent:
         sent.append(phase)
@@ -165,7 +167,7 @@ sys.exit(status)
 
 
 def test_ctrl_c_stops_a_real_build_and_leaves_the_bundle_as_it_was(tiny_bundle):
-    """In a process of its own, as it is used: a build that is stopped leaves TensorRT's threads where they were."""
+    """In a process of its own, as it is used."""
     pytest.importorskip("tensorrt_rtx")
     before = files(tiny_bundle)
     stopped = subprocess.run(

@@ -73,7 +73,7 @@ def test_a_build_runs_in_a_thread_and_its_result_and_its_error_come_back(trt):
 
 @pytest.fixture
 def python_handles_ctrl_c():
-    """As in a program; a library that earlier tests loaded may have left SIGINT to the system."""
+    """As in a program; a test run in the background inherits an ignored SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

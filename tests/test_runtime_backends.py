@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 
@@ -90,6 +91,33 @@ def test_graph_of_another_size_than_the_manifest_says_is_refused(tmp_path, name)
 def test_file_that_is_no_graph_is_refused(manifest, name, data):
     with pytest.raises(BackendError, match=f"back-end {name}: got a graph that it cannot open"):
         _open(name, manifest, data)
+
+
+CLOSED_IN_THE_ORDER_OF_OPENING = """
+import os, signal, sys
+from runtime.backends import open_backend, probe_backend
+from runtime.bundle import open_bundle
+
+bundle = open_bundle(sys.argv[1])
+artifact = bundle.manifest.onnx_artifact("fp32")
+opened = [open_backend(sys.argv[2], bundle.read(artifact), bundle.manifest, file=artifact.file) for _ in range(3)]
+assert probe_backend(sys.argv[2]).runs
+while opened:
+    opened.pop(0).close()
+signal.signal(signal.SIGTERM, lambda number, frame: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_signals_are_handled_after_graphs_were_closed_in_the_order_of_opening(tmp_path, name):
+    """As when a server swaps bundles; OpenVINO would leave the thread a signal stack that it freed."""
+    path = tmp_path / "model"
+    write_bundle(path)
+    ended = subprocess.run(
+        [sys.executable, "-c", CLOSED_IN_THE_ORDER_OF_OPENING, path, name], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr
 
 
 def test_unknown_backend_is_refused_with_the_known_ones(manifest):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import io
 import threading
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,8 @@ NAME = "openvino"
 
 _INSTALL = 'pip install "ntf-toolkit[cpu]"'
 _DTYPES = {"u8": "uint8", "f32": "float32"}
+
+_T = TypeVar("_T")
 
 
 class OpenVinoBackend:
@@ -52,13 +56,8 @@ class OpenVinoBackend:
         self.version = str(openvino.__version__).split("-")[0]
         self._manifest = manifest
         self._lock = threading.Lock()
-        # bfloat16 would be chosen by itself on newer CPUs, and the same picture would score differently there.
-        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        if threads is not None:
-            config["INFERENCE_NUM_THREADS"] = threads
         try:
-            core = openvino.Core()
-            compiled = core.compile_model(core.read_model(io.BytesIO(model)), "CPU", config)
+            compiled = compile_for_cpu(io.BytesIO(model), threads=threads)
         except Exception as error:  # OpenVINO raises plain RuntimeError and its subclasses
             refuse_to_open(NAME, error)
         check_graph(_tensors(compiled.inputs), _tensors(compiled.outputs), manifest, file)
@@ -77,12 +76,32 @@ class OpenVinoBackend:
         self._request = None
 
 
+def compile_for_cpu(*content: Any, threads: int | None = None) -> Any:
+    """A graph compiled for low latency with float layers held at float32.
+
+    Args:
+        content: what `openvino.Core.read_model` takes.
+        threads: CPU threads of one inference; None leaves it to OpenVINO.
+    """
+    openvino = _import_openvino()
+    # bfloat16 would be chosen by itself on newer CPUs, and the same picture would score differently there.
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = threads
+
+    def compiled() -> Any:
+        core = openvino.Core()
+        return core.compile_model(core.read_model(*content), "CPU", config)
+
+    return _in_own_thread(compiled)
+
+
 def probe_openvino() -> Probe:
     """Whether OpenVINO would run here on the CPU."""
     version = installed_version("openvino")
     try:
         openvino = _import_openvino()
-        devices = openvino.Core().available_devices
+        devices = _in_own_thread(lambda: openvino.Core().available_devices)
     except BackendError as error:
         return Probe(NAME, False, version, None, error.got, error.remedy)
     except Exception as error:  # what a broken installation raises is not ours to list
@@ -91,6 +110,17 @@ def probe_openvino() -> Probe:
         found = ", ".join(devices) or "none"
         return Probe(NAME, False, version, None, f"no CPU plug-in (devices: {found})", _INSTALL)
     return Probe(NAME, True, str(openvino.__version__).split("-")[0], "cpu", "the CPU plug-in is there", "")
+
+
+def _in_own_thread(work: Callable[[], _T]) -> _T:
+    """Result of `work`, done in a thread that ends with it.
+
+    OpenVINO's CPU plug-in gives the thread that opens it a signal stack. When two graphs of one thread are freed in
+    the order of their opening, that thread keeps a signal stack that is freed too, and the next signal (Ctrl-C, a
+    SIGTERM, a SIGCHLD of PyTorch's loaders) ends the process with a segmentation fault.
+    """
+    with ThreadPoolExecutor(1, "openvino-open") as executor:
+        return executor.submit(work).result()
 
 
 def _import_openvino() -> Any:
