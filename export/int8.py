@@ -103,12 +103,14 @@ class Quantizer:
     """Makes the INT8 graph of any part of a plan, with ranges and bias corrections that were measured once.
 
     Attributes:
+        calibrator: that chose the ranges.
         model: FP32 graph.
         plan: the whole plan.
         ranges: magnitude at which each tensor is clipped.
         errors: of each quantised convolution by itself.
     """
 
+    calibrator: str
     model: ModelProto
     plan: QuantizationPlan
     ranges: dict[str, float]
@@ -157,17 +159,17 @@ def int8_within_budget(
             wanted="at least one",
             remedy="ship FP16: python -m export.trt --fp16",
         )
-    quantizer, errors = choose_calibrator(model, plan, largest, pictures, calibrator, say)
-    chosen = min(errors, key=lambda name: errors[name])
     work = operations(model)
-    search = _Search(quantizer, judge, for_engines, work, say)
-    if not 0 <= smallest_share <= search.share(plan):
+    largest_share = int8_share(plan, work)
+    if not 0 <= smallest_share <= largest_share:
         raise ExportError(
             "--int8-share",
             got=f"{smallest_share:g}",
-            wanted=f"0 to {search.share(plan):.3f}, the share that this network has outside its first and last layers",
+            wanted=f"0 to {largest_share:.3f}, the share that this network has outside its first and last layers",
             remedy="choose a smaller share",
         )
+    quantizer, changes = choose_calibrator(model, plan, largest, pictures, calibrator, say)
+    search = _Search(quantizer, judge, for_engines, work, say)
     sensitivities: tuple[LayerSensitivity, ...] = ()
     fitting = search.step(plan, 0)
     if fitting is None:
@@ -175,7 +177,7 @@ def int8_within_budget(
         sensitivities = layer_sensitivities(quantizer, work, pictures)
         fitting = search.fewest(plan, [layer.name for layer in sensitivities], smallest_share)
     returned = {layer.name: BUDGET_REASON.format(std=layer.logit_std) for layer in sensitivities[: fitting or 0]}
-    found = Int8Search(errors, chosen, sensitivities, tuple(search.steps), returned)
+    found = Int8Search(changes, quantizer.calibrator, sensitivities, tuple(search.steps), returned)
     if fitting is None:
         raise budget_error(found, smallest_share)
     return quantizer.graph(plan.without(returned)), found
@@ -197,7 +199,7 @@ class _Search:
 
     def fewest(self, plan: QuantizationPlan, order: list[str], smallest_share: float) -> int | None:
         """Smallest number of the first nodes of `order` that must be returned; None where too little would be left."""
-        most = max(n for n in range(len(order) + 1) if self.share(plan.without(order[:n])) >= smallest_share)
+        most = max(n for n in range(len(order) + 1) if int8_share(plan.without(order[:n]), self.work) >= smallest_share)
         failed, count = 0, min(1, most)
         while count > failed:
             if self.step(plan.without(order[:count]), count) is not None:
@@ -221,13 +223,9 @@ class _Search:
         twin = Candidate("int8", model_bytes(self.for_engines(model)), "fp16")
         costs = self.judge.costs([Candidate("int8", content), twin])
         excess = tuple(f"{what} on {cost.backend}" for cost in costs for what in cost.excess(self.judge.budget))
-        self.steps.append(Step(returned, self.share(plan), len(content), costs, excess))
+        self.steps.append(Step(returned, int8_share(plan, self.work), len(content), costs, excess))
         self.say(step_line(self.steps[-1]))
         return None if excess else returned
-
-    def share(self, plan: QuantizationPlan) -> float:
-        """Share of the multiply-accumulate operations that a plan computes in integers."""
-        return sum(self.work.get(name, 0) for name in plan.layers) / max(1, sum(self.work.values()))
 
 
 def choose_calibrator(
@@ -261,7 +259,7 @@ def choose_calibrator(
     best = min(changes, key=lambda name: changes[name])
     say(f"ranges by {best}; change of the logits: " + ", ".join(f"{n} {v:.3f}" for n, v in changes.items()))
     ranges = clipped_ranges(best, counts, clipped)
-    return Quantizer(model, plan, ranges, layer_errors(model, plan, ranges, pictures.batches)), changes
+    return Quantizer(best, model, plan, ranges, layer_errors(model, plan, ranges, pictures.batches)), changes
 
 
 def layer_sensitivities(
@@ -300,6 +298,11 @@ def operations(model: ModelProto) -> dict[str, int]:
         summed = int(np.prod(dims[1:])) if node.op_type == "Conv" else int(np.prod(dims)) // shapes[node.output[0]][-1]
         counted[node.name] = int(np.prod(shapes[node.output[0]])) * summed
     return counted
+
+
+def int8_share(plan: QuantizationPlan, work: Mapping[str, int]) -> float:
+    """Share of the multiply-accumulate operations (`operations`) that a plan computes in integers."""
+    return sum(work.get(name, 0) for name in plan.layers) / max(1, sum(work.values()))
 
 
 def scored_logits(model: ModelProto, batches: Batches) -> Logits:

@@ -32,8 +32,8 @@ from train.metrics import detection_metrics, fit_calibration
 
 # The back-end whose logits a precision is calibrated on: it runs wherever an export does.
 CALIBRATED_ON = "onnxruntime"
-# ONNX Runtime's optimiser drops Q/DQ nodes from a graph whose remainder is FP16 and then computes other scores
-# (1.31: RMS change of lite0's logits 1.36 instead of 0.36), so a graph for engines is run node by node.
+# ONNX Runtime's optimiser (1.31) drops Q/DQ nodes from a graph whose remainder is FP16 and then computes scores that
+# are further from PyTorch's, so a graph for engines is run node by node.
 NODE_BY_NODE = "onnxruntime without optimizations"
 BATCH_SIZE = 16
 # Beside the names of generators.

@@ -53,6 +53,7 @@ from runtime.manifest import (
     PRECISIONS,
     SCHEMA_VERSION,
     ArtifactSpec,
+    CalibrationListSpec,
     ModelManifest,
     ParitySpec,
     Precision,
@@ -104,12 +105,9 @@ def export_run(options: Options) -> Bundle:
     manifest = replace(
         draft, calibration=calibration, artifacts=tuple(artifacts), golden=golden_spec(files[GOLDEN_FILE])
     )
-    if "int8" in precisions and options.qdq_onnx is None:
-        files[CALIBRATION_FILE] = pictures.listing()
-        manifest = replace(manifest, calibration_list=calibration_list_spec(files[CALIBRATION_FILE], len(pictures)))
-    elif "int8" not in precisions and old is not None and old.manifest.calibration_list is not None:
-        files[CALIBRATION_FILE] = old.read(old.manifest.calibration_list)
-        manifest = replace(manifest, calibration_list=old.manifest.calibration_list)
+    if (listed := calibration_list(options, precisions, pictures, old)) is not None:
+        files[CALIBRATION_FILE], spec = listed
+        manifest = replace(manifest, calibration_list=spec)
     if tensorrt is not None:
         sources = [engine_source(manifest, precision) for precision in precisions]
         with build_display(console) as display:
@@ -254,6 +252,20 @@ def golden_of(candidates: Sequence[Candidate], draft: ModelManifest, backends: S
     with opened_backends(contents, draft, [name]) as opened:
         images = golden_images(draft.preprocess.height, draft.preprocess.width)
         return golden_content(images, {precision: backend for (precision, _), backend in opened.items()})
+
+
+def calibration_list(
+    options: Options, precisions: Sequence[Precision], pictures: PreparedPictures, old: Bundle | None
+) -> tuple[bytes, CalibrationListSpec] | None:
+    """The pictures that INT8 was measured on, now or for an INT8 graph that stays, as a file, or None."""
+    if "int8" in precisions:
+        if options.qdq_onnx is not None:
+            return None
+        content = pictures.listing()
+        return content, calibration_list_spec(content, len(pictures))
+    if old is None or old.manifest.calibration_list is None:
+        return None
+    return old.read(old.manifest.calibration_list), old.manifest.calibration_list
 
 
 def draft_manifest(name: str, inputs: RunInputs, evidence_shape: tuple[int, int]) -> ModelManifest:

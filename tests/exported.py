@@ -108,7 +108,7 @@ def quantizer_of(fp32: onnx.ModelProto, magnitudes: dict[str, float]) -> Quantiz
     plan = plan_quantization(fp32, float_layers(fp32))
     largest = {name: magnitudes[name] for name in quantized_tensors(fp32, plan)}
     ranges = clipped_ranges("mse", magnitude_histograms(fp32, largest, batches), largest)
-    return Quantizer(fp32, plan, ranges, layer_errors(fp32, plan, ranges, batches))
+    return Quantizer("minmax", fp32, plan, ranges, layer_errors(fp32, plan, ranges, batches))
 
 
 @functools.cache
