@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks.pictures import photograph
 from train.config import CacheConfig, Stage1Config, Stage2Config, preset_config
 from train.data import scan_pictures
-from train.encoder import load_encoder
+from train.encoder_weights import load_encoder
 from train.feature_cache import CropCache, FeatureCache, StageCache
 from train.loop import Position, StageLoop
 from train.model import TraceModel, detector_from_traces

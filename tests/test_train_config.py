@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from train.config import AugmentConfig, check_config, config_from_dict, config_from_file, preset_config
+from train.config import AugmentConfig, config_from_dict, config_from_file, preset_config
+from train.config_check import check_config
 from train.errors import ConfigError
 from train.run import parse_options
 

@@ -12,17 +12,9 @@ from safetensors.torch import save_file
 from skimage import data as photographs
 
 from runtime.preprocess import PreprocessSpec, prepare
-from train.encoder import (
-    PACKAGE_ENCODER,
-    Encoder,
-    Standardizer,
-    load_encoder,
-    load_exactly,
-    read_state,
-    spatial_statistics,
-    with_standardizer,
-)
-from train.encoder import _package_weights as package_weights
+from train.encoder import Encoder, Standardizer, spatial_statistics, with_standardizer
+from train.encoder_weights import PACKAGE_ENCODER, load_encoder, load_exactly, read_state
+from train.encoder_weights import _package_weights as package_weights
 from train.errors import CheckpointError, ConfigError
 from train.model import PixelNormalizer
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from training import tiny_config, write_pictures
 
-from train.config import EqualizeConfig, check_config, config_from_file
+from train.config import EqualizeConfig, config_from_file
+from train.config_check import check_config
 from train.data import scan_pictures
 from train.equalize import equalized_jpeg
 from train.errors import ConfigError, DataError

@@ -21,7 +21,7 @@ from runtime import Detector
 from train.checkpoint import load_calibration, load_detector
 from train.config import CacheConfig, ModelConfig, Stage2Config, config_from_dict, preset_config
 from train.data import load_split
-from train.encoder import load_encoder
+from train.encoder_weights import load_encoder
 from train.errors import ConfigError, DataError
 from train.evaluate import evaluate_run
 from train.evaluation_config import EvaluationConfig

@@ -13,7 +13,8 @@ from training import tiny_config, write_pictures
 
 import train.nearest as nearest
 from train.checkpoint import load_detector
-from train.config import AugmentConfig, CacheConfig, ComputeConfig, NearestConfig, check_config
+from train.config import AugmentConfig, CacheConfig, ComputeConfig, NearestConfig
+from train.config_check import check_config
 from train.data import load_split
 from train.errors import CheckpointError, ConfigError
 from train.methods import check_method, with_method

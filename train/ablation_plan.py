@@ -19,7 +19,8 @@ from typing import Any, get_args
 from cpp_ext.reference import Denominator, Form
 from runtime.errors import BundleError
 from runtime.strict_json import from_jsonable, parse_json
-from train.config import RunConfig, check_config, config_from_dict
+from train.config import RunConfig, config_from_dict
+from train.config_check import check_config
 from train.data import require_both_classes, scan_pictures
 from train.encoder import Encoder
 from train.errors import CheckpointError, ConfigError, DataError

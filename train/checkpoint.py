@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from runtime.manifest import CalibrationSpec
 from runtime.strict_json import canonical_json, from_jsonable, parse_json, to_jsonable
 from train.config import RunConfig, config_from_file
-from train.encoder import Encoder, load_exactly, read_state, with_standardizer
+from train.encoder import Encoder, with_standardizer
+from train.encoder_weights import load_exactly, read_state
 from train.errors import CheckpointError, ConfigError
 from train.methods import METHODS
 from train.model import NearestNeighbours, NTFDetector, freeze_natural_traces

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,8 +18,8 @@ from cpp_ext.reference import Denominator, Form
 from runtime.errors import BundleError
 from runtime.manifest import ThresholdRule
 from runtime.strict_json import from_jsonable
-from train.encoder import PACKAGE_ENCODER, PACKAGE_WEIGHTS
-from train.equalize import EqualizeConfig, check_equalize
+from train.encoder_weights import PACKAGE_ENCODER, PACKAGE_WEIGHTS
+from train.equalize import EqualizeConfig
 from train.errors import ConfigError
 from train.losses import HomReduction, Orthogonality
 from train.methods import METHODS, Method, with_method
@@ -30,8 +29,6 @@ from train.pictures import CorruptPolicy
 Preset = Literal["demo", "paper", "edge", "server"]
 OptimizerName = Literal["sgd", "adamw"]
 DEMO_DATA = "demo"
-# Below this, hardly a pixel of a picture is left.
-SMALLEST_FACTOR = 0.01
 
 
 @dataclass(frozen=True)
@@ -368,106 +365,6 @@ def config_from_file(path: Path) -> RunConfig:
     return config_from_dict(values, source=str(path))
 
 
-def check_config(config: RunConfig) -> None:
-    """Refuse values that do not make sense before any work is done.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    loss = config.loss
-    positive, weight = "a number above 0", "0 or a number above it"
-    both = f"{loss.scl_weight:g} with --gamma {loss.gamma:g}"
-    rate = "a share between 0 and 1"
-    rules: list[tuple[str, Any, bool, str]] = [
-        ("--temperature", config.loss.temperature, config.loss.temperature > 0, positive),
-        ("--lambda-het", loss.lambda_het, _is_weight(loss.lambda_het), weight),
-        ("--scl-weight", loss.scl_weight, _is_weight(loss.scl_weight), weight),
-        ("--scl-weight", both, loss.scl_weight > 0 or loss.gamma > 0, "one of the two losses of Eq. (7)"),
-        ("--train-share", config.train_share, 0 < config.train_share <= 1, "a share above 0 and up to 1"),
-        ("--embedding-dim", config.model.embedding_dim, config.model.embedding_dim > 0, positive),
-        ("--head-width", config.model.head_width, config.model.head_width >= 0, "0 or more"),
-        ("--hom-topk", config.loss.hom_topk, config.loss.hom_topk > 0, positive),
-        ("--crop", config.augment.crop, config.augment.crop >= 0, "0 or more"),
-        ("--colour-jitter", config.augment.colour_jitter, 0 <= config.augment.colour_jitter < 1, "[0, 1)"),
-        ("--grey", config.augment.grey, 0 <= config.augment.grey <= 1, "[0, 1]"),
-        ("--workers", config.workers, config.workers >= 0, "0 or more"),
-        ("--seed", config.seed, config.seed >= 0, "0 or more"),
-        ("--checkpoint-steps", config.checkpoint_steps, config.checkpoint_steps >= 0, "0 or more"),
-        ("--checkpoint-epochs", config.checkpoint_epochs, config.checkpoint_epochs >= 1, "1 or more"),
-        ("--cached-views", config.cache.cached_views, config.cache.cached_views >= 0, "0 or more"),
-        ("--nearest-k", config.nearest.nearest_k, config.nearest.nearest_k >= 1, "1 or more"),
-        (
-            "--nearest-bank",
-            config.nearest.nearest_bank,
-            config.nearest.nearest_bank == 0 or config.nearest.nearest_bank >= config.nearest.nearest_k,
-            f"0, or at least --nearest-k {config.nearest.nearest_k}",
-        ),
-        ("--view-seed", config.cache.view_seed, (config.cache.view_seed or 0) >= 0, "0 or more"),
-        ("--stage2.scl-crop", config.stage2.scl_crop, config.stage2.scl_crop > 0, positive),
-        (
-            "--real-flagged-rate",
-            config.decision.real_flagged_rate,
-            _is_rate(config.decision.real_flagged_rate),
-            rate,
-        ),
-        (
-            "--fake-missed-rate",
-            config.decision.fake_missed_rate,
-            _is_rate(config.decision.fake_missed_rate),
-            rate,
-        ),
-    ]
-    factor = config.stage2.encoder_lr_factor
-    blocks = config.stage2.train_encoder_blocks
-    rules += _augment_rules(config.augment)
-    rules += [
-        ("--stage2.train-encoder-blocks", blocks, blocks >= 0, "0 or more"),
-        ("--stage2.encoder-lr-factor", factor, factor > 0 and math.isfinite(factor), positive),
-    ]
-    for name, stage in (("stage1", config.stage1), ("stage2", config.stage2)):
-        rules += [
-            (f"--{name}.epochs", stage.epochs, stage.epochs >= 1, "1 or more"),
-            (f"--{name}.batch-size", stage.batch_size, stage.batch_size >= 2, "2 or more"),
-            (f"--{name}.lr", stage.lr, stage.lr > 0 and math.isfinite(stage.lr), positive),
-            (
-                f"--{name}.warmup-epochs",
-                stage.warmup_epochs,
-                0 <= stage.warmup_epochs < stage.epochs,
-                f"0 or more, and fewer than --{name}.epochs {stage.epochs}",
-            ),
-        ]
-    for option, value, holds, wanted in rules:
-        if not holds:
-            raise ConfigError(option, got=str(value), wanted=wanted, remedy="change this option")
-    check_equalize(config.equalize)
-    if not config.data:
-        raise ConfigError(
-            "--data",
-            got="nothing",
-            wanted="a folder, shards or a list with a train and a val split",
-            remedy="pass --data DIR, or --data demo for the demo pictures",
-        )
-
-
-def _augment_rules(augment: AugmentConfig) -> list[tuple[str, Any, bool, str]]:
-    """Option, value, whether it holds, and what is wanted."""
-    ranges: list[tuple[str, float, tuple[float, float], tuple[float, float], str]] = [
-        ("blur", augment.blur_share, augment.blur_sigma, (0, math.inf), "sigma"),
-        ("jpeg", augment.jpeg_share, augment.jpeg_quality, (1, 100), "quality"),
-        ("rescale", augment.rescale_share, augment.rescale_factor, (SMALLEST_FACTOR, math.inf), "factor"),
-        ("noise", augment.noise_share, augment.noise_std, (0, math.inf), "std"),
-    ]
-    rules: list[tuple[str, Any, bool, str]] = []
-    for name, share, (low, high), (least, most), measure in ranges:
-        ordered = least <= low <= high <= most and math.isfinite(high)
-        limits = f"{least:g} to {most:g}" if math.isfinite(most) else f"{least:g} on"
-        rules += [
-            (f"--{name}-share", share, 0 <= share <= 1, "[0, 1]"),
-            (f"--{name}-{measure}", f"{low} {high}", ordered, f"two values from {limits}, the smaller first"),
-        ]
-    return rules
-
-
 def _merged(defaults: dict[str, Any], values: object) -> object:
     """`values` with what it leaves out taken from `defaults`, field by field."""
     if not isinstance(values, dict):
@@ -477,11 +374,3 @@ def _merged(defaults: dict[str, Any], values: object) -> object:
         for key, value in values.items()
     }
     return defaults | kept
-
-
-def _is_rate(value: float) -> bool:
-    return 0 < value < 1
-
-
-def _is_weight(value: float) -> bool:
-    return value >= 0 and math.isfinite(value)

@@ -54,11 +54,12 @@ from train.config import (
     AdaptConfig,
     Preset,
     RunConfig,
-    check_config,
     config_from_file,
     preset_config,
 )
-from train.encoder import Encoder, check_encoder, load_exactly, read_state, with_standardizer
+from train.config_check import check_config
+from train.encoder import Encoder, with_standardizer
+from train.encoder_weights import check_encoder, load_exactly, read_state
 from train.errors import ConfigError
 from train.integrity import CORRUPT_FILE, corrupt_counts, data_source, split_of_run
 from train.loss_backend import LossBackend, choose_loss_backend, resumed_loss_backend

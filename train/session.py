@@ -13,7 +13,8 @@ import torch
 from train.checkpoint import CONFIG_FILE
 from train.config import RunConfig, config_from_dict
 from train.embedding_store import EmbeddingStore
-from train.encoder import Encoder, load_encoder, with_standardizer
+from train.encoder import Encoder, with_standardizer
+from train.encoder_weights import load_encoder
 from train.errors import CheckpointError, ConfigError
 from train.feature_cache import weights_sha256
 from train.loop import Position, StageLoop
