@@ -31,7 +31,8 @@ from train.pictures import PictureSet
 from train.provenance import environment
 from train.scoring import preprocess_spec
 from train.shards import write_shards
-from train.stages import DetectorStage, Stage, TraceStage
+from train.stage import Stage
+from train.stages import DetectorStage, TraceStage
 
 RESULTS = Path("benchmarks/results/loading.json")
 BEGIN, END = "<!-- loading: begin -->", "<!-- loading: end -->"

@@ -60,7 +60,8 @@ class BuildRecord:
     """What a library was built from and for.
 
     Args:
-        sources_sha256: of each file in csrc and of build.py, which holds the flags, by path below the package.
+        sources_sha256: of each file in csrc, and of build.py and toolchain.py, which hold the flags; by path below the
+            package.
         library_sha256: of the library.
         torch: version whose headers were used.
         torch_cuda: CUDA version of that torch, None for a CPU build.
@@ -150,7 +151,7 @@ def library_problem(folder: Path = FOLDER) -> str | None:
 def source_hashes(folder: Path = FOLDER) -> dict[str, str]:
     """SHA-256 of everything that the library is made of, by path below `folder`."""
     sources = (path for path in (folder / "csrc").glob("*") if path.suffix in SOURCE_SUFFIXES)
-    files = [*sorted(sources), folder / "build.py"]
+    files = [*sorted(sources), folder / "build.py", folder / "toolchain.py"]
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files if path.is_file()}
 
 

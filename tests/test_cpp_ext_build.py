@@ -16,7 +16,8 @@ import pytest
 
 from cpp_ext import build as builder
 from cpp_ext import ops
-from cpp_ext.build import DEFAULT_CUDA_ARCHS, NoCompilerError, Toolchain, build, compile_steps, find_toolchain, main
+from cpp_ext import toolchain as toolchains
+from cpp_ext.build import build, compile_steps, main
 from cpp_ext.library import (
     FOLDER,
     LIBRARY_FILE,
@@ -28,6 +29,7 @@ from cpp_ext.library import (
     read_record,
     source_hashes,
 )
+from cpp_ext.toolchain import DEFAULT_CUDA_ARCHS, NoCompilerError, Toolchain, find_toolchain
 
 ROOT = Path(__file__).parents[1]
 FIELDS = [field.name for field in dataclasses.fields(BuildRecord)]
@@ -75,6 +77,7 @@ def package(tmp_path):
     folder = tmp_path / "package"
     (folder / "csrc").mkdir(parents=True)
     (folder / "build.py").write_text("flags")
+    (folder / "toolchain.py").write_text("targets")
     for name in ("loss.h", "loss.cpp", "loss_cpu_tiles.cpp", "loss_cuda.cpp", "loss.cu", "loss_tiles.cuh"):
         (folder / "csrc" / name).write_text(f"// {name}")
     return folder
@@ -84,13 +87,13 @@ def package(tmp_path):
 def toolchain(tmp_path, calls, monkeypatch):
     """The real torch and a compiler that only pretends; no CUDA."""
     monkeypatch.setenv("CXX", str(executable(tmp_path / "bin" / "pretending-c++", COMPILER.format(calls=calls))))
-    monkeypatch.setattr(builder, "_first_line", lambda command: "pretending 1.0")
+    monkeypatch.setattr(toolchains, "_first_line", lambda command: "pretending 1.0")
     return find_toolchain(cpu_only=True)
 
 
 def with_cuda(toolchain, monkeypatch, nvcc, archs=None):
     monkeypatch.setenv("CUDACXX", str(nvcc))
-    monkeypatch.setattr(builder, "_find_torch", lambda: dataclasses.replace(toolchain.torch, cuda="13.0"))
+    monkeypatch.setattr(toolchains, "find_torch", lambda: dataclasses.replace(toolchain.torch, cuda="13.0"))
     return find_toolchain(cuda_archs=archs)
 
 
@@ -99,9 +102,13 @@ def test_compiled_library_has_a_record_and_leaves_nothing_else(package, toolchai
     assert library_problem(package) is None
     assert read_record(package) == record
     assert record.sources_sha256 == source_hashes(package)
-    assert set(record.sources_sha256) == {"build.py", *(f"csrc/{p.name}" for p in (package / "csrc").iterdir())}
+    assert set(record.sources_sha256) == {
+        "build.py",
+        "toolchain.py",
+        *(f"csrc/{p.name}" for p in (package / "csrc").iterdir()),
+    }
     assert record.cpu_only_reason == "--cpu-only"
-    assert {path.name for path in package.iterdir()} == {"build.py", "csrc", LIBRARY_FILE, RECORD_FILE}
+    assert {path.name for path in package.iterdir()} == {"build.py", "toolchain.py", "csrc", LIBRARY_FILE, RECORD_FILE}
     # loss.cpp, the tiles once for each instruction set, and the link.
     assert len(calls.read_text().splitlines()) == 2 + len(toolchain.instruction_sets)
 
@@ -122,8 +129,9 @@ def test_second_build_does_nothing_and_says_so(package, toolchain, calls, capsys
         lambda package: (package / "csrc" / "new.h").write_text("// new"),
         lambda package: (package / "csrc" / "loss_tiles.cuh").unlink(),
         lambda package: (package / "build.py").write_text("other flags"),
+        lambda package: (package / "toolchain.py").write_text("other targets"),
     ],
-    ids=["changed", "added", "removed", "flags"],
+    ids=["changed", "added", "removed", "flags", "targets"],
 )
 def test_library_of_other_sources_is_stale_and_built_again(package, toolchain, change):
     build(toolchain, package)
@@ -188,7 +196,7 @@ def test_failed_compilation_shows_the_message_and_keeps_the_old_library(package,
         build(toolchain, package)
     assert "error: expected unqualified-id" in capsys.readouterr().err
     assert (package / LIBRARY_FILE).read_bytes() == library
-    assert {path.name for path in package.iterdir()} == {"build.py", "csrc", LIBRARY_FILE, RECORD_FILE}
+    assert {path.name for path in package.iterdir()} == {"build.py", "toolchain.py", "csrc", LIBRARY_FILE, RECORD_FILE}
     (package / "csrc" / "loss.cpp").write_text("// loss.cpp")
     assert library_problem(package) is None
 
@@ -205,7 +213,7 @@ def test_interrupted_build_keeps_the_old_library(package, toolchain, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         build(toolchain, package)
     assert (package / LIBRARY_FILE).read_bytes() == library
-    assert {path.name for path in package.iterdir()} == {"build.py", "csrc", LIBRARY_FILE, RECORD_FILE}
+    assert {path.name for path in package.iterdir()} == {"build.py", "toolchain.py", "csrc", LIBRARY_FILE, RECORD_FILE}
 
 
 def test_library_whose_record_was_not_written_is_refused(package, toolchain, monkeypatch):
@@ -246,7 +254,7 @@ def test_folder_that_cannot_be_written_to_is_refused(package, toolchain, monkeyp
 def test_tiles_are_compiled_for_each_instruction_set_and_linked_after_code_for_any_processor(
     package, toolchain, tmp_path
 ):
-    x86 = dataclasses.replace(toolchain, instruction_sets=dict(builder.X86_INSTRUCTION_SETS))
+    x86 = dataclasses.replace(toolchain, instruction_sets=dict(toolchains.X86_INSTRUCTION_SETS))
     steps = compile_steps(x86, package / "csrc", tmp_path)
     assert [step.output.name for step in steps] == [
         "loss.cpp.o",
@@ -283,7 +291,11 @@ def test_cuda_sources_are_compiled_for_every_target_with_ptx_of_the_newest(packa
 
 def test_default_targets_are_those_that_nvcc_knows(toolchain, tmp_path, monkeypatch):
     nvcc = executable(tmp_path / "cuda" / "bin" / "nvcc", NVCC.format(release="13.0"))
-    assert builder._known_targets(str(nvcc), builder.parse_targets(DEFAULT_CUDA_ARCHS, ""), "") == ("75", "80", "90")
+    assert toolchains._known_targets(str(nvcc), toolchains.parse_targets(DEFAULT_CUDA_ARCHS, ""), "") == (
+        "75",
+        "80",
+        "90",
+    )
     for source, targets, subject in (
         ("NTF_CUDA_ARCHS", ("75", "120"), "NTF_CUDA_ARCHS"),
         ("--cuda-archs", ("75", "120"), "--cuda-archs"),
@@ -292,7 +304,7 @@ def test_default_targets_are_those_that_nvcc_knows(toolchain, tmp_path, monkeypa
         with pytest.raises(
             BuildError, match=rf"^{subject}: got 120, which .*nvcc does not know, wanted some of 75 80 90"
         ):
-            builder._known_targets(str(nvcc), targets, source)
+            toolchains._known_targets(str(nvcc), targets, source)
 
 
 @pytest.mark.parametrize(
@@ -307,34 +319,34 @@ def test_nvcc_that_does_not_fit_leaves_cuda_out_and_says_why(toolchain, tmp_path
 
 def test_torch_for_the_cpu_and_a_machine_without_nvcc_leave_cuda_out(toolchain, monkeypatch):
     torch = toolchain.torch
-    assert "is a CPU build" in builder._find_cuda(dataclasses.replace(torch, cuda=None), ("90",), "")[1]
-    monkeypatch.setattr(builder, "find_nvcc", lambda: None)
-    reason = builder._find_cuda(dataclasses.replace(torch, cuda="13.0"), ("90",), "")[1]
+    assert "is a CPU build" in toolchains._find_cuda(dataclasses.replace(torch, cuda=None), ("90",), "")[1]
+    monkeypatch.setattr(toolchains, "find_nvcc", lambda: None)
+    reason = toolchains._find_cuda(dataclasses.replace(torch, cuda="13.0"), ("90",), "")[1]
     assert reason == "no nvcc in CUDACXX, NVCC, CUDA_HOME, PATH or /usr/local/cuda"
 
 
 def test_nvcc_is_looked_for_in_the_environment_first(tmp_path, monkeypatch):
     here, home = (executable(tmp_path / name / "bin" / "nvcc", NVCC) for name in ("here", "home"))
     monkeypatch.setenv("CUDA_HOME", str(home.parents[1]))
-    assert builder.find_nvcc() == str(home)
+    assert toolchains.find_nvcc() == str(home)
     monkeypatch.setenv("NVCC", str(here))
-    assert builder.find_nvcc() == str(here)
+    assert toolchains.find_nvcc() == str(here)
     monkeypatch.setenv("CUDACXX", str(tmp_path / "none"))
     with pytest.raises(BuildError, match=r"CUDACXX: got .*none, which is not there, wanted the path of nvcc"):
-        builder.find_nvcc()
+        toolchains.find_nvcc()
 
 
 def test_cuda_home_without_nvcc_is_refused_though_the_path_has_one(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(executable(tmp_path / "bin" / "nvcc", NVCC).parent))
-    assert builder.find_nvcc() == str(tmp_path / "bin" / "nvcc")
+    assert toolchains.find_nvcc() == str(tmp_path / "bin" / "nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
     with pytest.raises(BuildError, match=r"^CUDA_HOME: got .*none, in which there is no bin/nvcc.*--cpu-only$"):
-        builder.find_nvcc()
+        toolchains.find_nvcc()
 
 
 @pytest.mark.parametrize(("text", "targets"), [("75", ("75",)), ("120;80, 90\n", ("80", "90", "120"))])
 def test_targets_are_read_and_sorted(text, targets):
-    assert builder.parse_targets(text, "NTF_CUDA_ARCHS") == targets
+    assert toolchains.parse_targets(text, "NTF_CUDA_ARCHS") == targets
 
 
 @pytest.mark.parametrize("text", [",", "8.0", "sm_90", "90+PTX", "9"])
@@ -351,10 +363,10 @@ def test_senseless_targets_are_refused_and_whoever_names_them_is_named(text, mon
 def test_empty_targets_are_the_default(text, monkeypatch):
     monkeypatch.setenv("NTF_CUDA_ARCHS", text)
     default = tuple(DEFAULT_CUDA_ARCHS.split())
-    assert builder._wanted_targets(None) == builder._wanted_targets(text) == (default, "")
+    assert toolchains._wanted_targets(None) == toolchains._wanted_targets(text) == (default, "")
     monkeypatch.setenv("NTF_CUDA_ARCHS", "90")
-    assert builder._wanted_targets("") == (("90",), "NTF_CUDA_ARCHS")
-    assert builder._wanted_targets("75") == (("75",), "--cuda-archs")
+    assert toolchains._wanted_targets("") == (("90",), "NTF_CUDA_ARCHS")
+    assert toolchains._wanted_targets("75") == (("75",), "--cuda-archs")
 
 
 def test_machine_without_compiler_gets_status_2_and_a_sentence(tmp_path, monkeypatch, capsys):
@@ -382,11 +394,11 @@ def test_compiler_that_is_named_and_not_there_gets_status_1_and_a_sentence(text,
 def test_first_compiler_of_the_path_is_taken_unless_one_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     executable(tmp_path / "clang++", "")
-    assert builder.find_cxx() == ("clang++",)
+    assert toolchains.find_cxx() == ("clang++",)
     executable(tmp_path / "g++", "")
-    assert builder.find_cxx() == ("g++",)
+    assert toolchains.find_cxx() == ("g++",)
     monkeypatch.setenv("CXX", "clang++ -m64")
-    assert builder.find_cxx() == ("clang++", "-m64")
+    assert toolchains.find_cxx() == ("clang++", "-m64")
 
 
 def test_old_torch_is_refused(monkeypatch):
@@ -394,7 +406,7 @@ def test_old_torch_is_refused(monkeypatch):
 
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     with pytest.raises(BuildError, match=r"torch: got 2.9.1\+cu128, wanted 2.10 or newer, for its stable ABI"):
-        builder._find_torch()
+        toolchains.find_torch()
 
 
 def test_system_without_a_build_is_refused_like_one_without_compiler(monkeypatch):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cpp_ext import ptxas
-from cpp_ext.build import DEFAULT_CUDA_ARCHS, find_nvcc
 from cpp_ext.library import BuildError
+from cpp_ext.toolchain import DEFAULT_CUDA_ARCHS, find_nvcc
 
 CSRC = Path(ptxas.__file__).parent / "csrc"
 # kBlockSharedBytes of soft_contrastive_cuda.h without the device's own 1 KiB; static shared memory ends at 48 KiB.

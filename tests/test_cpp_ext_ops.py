@@ -21,9 +21,9 @@ from test_cpp_ext_reference import DENOMINATORS, FORMS, GOLDEN, LADDER, REFUSED,
 
 import cpp_ext
 from cpp_ext import ops, reference
-from cpp_ext.build import NoCompilerError, find_cxx
 from cpp_ext.library import FOLDER, LIBRARY_FILE, RECORD_FILE, BuildError, read_record
 from cpp_ext.ops import fused_soft_contrastive_loss, soft_contrastive_loss
+from cpp_ext.toolchain import NoCompilerError, find_cxx
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cpp_ext.build import build, find_toolchain
+from cpp_ext.build import build
 from cpp_ext.library import FOLDER
+from cpp_ext.toolchain import find_toolchain
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 # Rows that fill no strip, one strip, several blocks on two threads; widths of one column and of no whole vector.
@@ -45,7 +46,8 @@ for name in torch.ops.ntf.instruction_sets().split(","):
 def sanitized_run(folder: Path, defect: tuple[str, str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """What the program says with kernels compiled with sanitizers, after `defect` (file, old, new) if there is one."""
     shutil.copytree(FOLDER / "csrc", folder / "csrc")
-    shutil.copy(FOLDER / "build.py", folder)
+    for name in ("build.py", "toolchain.py"):
+        shutil.copy(FOLDER / name, folder)
     if defect is not None:
         path = folder / "csrc" / defect[0]
         text = path.read_text()

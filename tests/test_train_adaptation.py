@@ -18,7 +18,8 @@ from train.checkpoint import load_calibration, load_config, load_detector
 from train.config import ModelConfig, Stage1Config, Stage2Config
 from train.data import load_split
 from train.loop import StageLoop
-from train.run import load_training_data, main, parse_options, train
+from train.run import load_training_data, main, train
+from train.run_options import parse_options
 from train.scoring import score_pictures
 
 

@@ -10,7 +10,7 @@ import pytest
 from train.config import AugmentConfig, config_from_dict, config_from_file, preset_config
 from train.config_check import check_config
 from train.errors import ConfigError
-from train.run import parse_options
+from train.run_options import parse_options
 
 
 def test_paper_preset_has_the_papers_settings():

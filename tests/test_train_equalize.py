@@ -20,7 +20,8 @@ from train.errors import ConfigError, DataError
 from train.evaluate import main as evaluate_main
 from train.integrity import checked
 from train.pictures import load_pixels
-from train.run import parse_options, train
+from train.run import train
+from train.run_options import parse_options
 from train.shards import write_shards
 from train.trivial_features import traits_of
 

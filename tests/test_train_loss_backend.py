@@ -13,7 +13,8 @@ from cpp_ext.library import BuildError
 from train.checkpoint import load_state
 from train.errors import CheckpointError, ConfigError
 from train.loss_backend import choose_loss_backend, resumed_loss_backend
-from train.run import main, parse_options, train
+from train.run import main, train
+from train.run_options import parse_options
 
 NOT_BUILT = BuildError(
     "the fused loss", got="no library", wanted="a current library", remedy="run python -m cpp_ext.build"

@@ -26,7 +26,8 @@ from train.errors import ConfigError, DataError
 from train.evaluate import evaluate_run
 from train.evaluation_config import EvaluationConfig
 from train.methods import METHODS, check_method, with_method
-from train.run import main, parse_options, train
+from train.run import main, train
+from train.run_options import parse_options
 from train.scoring import score_pictures
 
 WITHOUT_TRACES = [name for name, method in METHODS.items() if not method.natural_traces]

@@ -19,7 +19,8 @@ from train.model import TraceModel, detector_from_traces
 from train.optimizing import optimizer_of, schedule_of
 from train.run import main, train
 from train.scoring import embedded_batches, mean_natural_trace
-from train.stages import DetectorStage, FeatureBatch
+from train.stage import FeatureBatch
+from train.stages import DetectorStage
 
 FROZEN = Stage1Config(epochs=1, batch_size=4, lr=0.01, train_encoder=False)
 

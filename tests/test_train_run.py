@@ -18,7 +18,8 @@ from train.config import ModelConfig, Stage2Config
 from train.data import load_split
 from train.errors import CheckpointError, ConfigError, DataError, TrainingError
 from train.metrics import fit_calibration
-from train.run import main, parse_options, train
+from train.run import main, train
+from train.run_options import parse_options
 from train.scoring import mean_natural_trace, score_pictures
 from train.validation_scores import load_validation_scores, require_validation_scores
 

@@ -14,7 +14,8 @@ from train.config import config_from_dict
 from train.errors import CheckpointError, ConfigError, DataError
 from train.integrity import split_of_run
 from train.pictures import PictureRecord, PictureSet
-from train.run import load_training_data, main, parse_options, train
+from train.run import load_training_data, main, train
+from train.run_options import parse_options
 from train.selection import Selection, selection_of
 
 

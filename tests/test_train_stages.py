@@ -13,7 +13,8 @@ from train.data import load_split
 from train.encoder import Encoder
 from train.errors import ConfigError
 from train.model import NTFDetector, TraceModel
-from train.stages import DetectorStage, TraceStage, stage1_plan, stage2_plan
+from train.stage import stage1_plan, stage2_plan
+from train.stages import DetectorStage, TraceStage
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from train.pictures import PictureRecord
 from train.ranks import ALONE, Ranks
 from train.scoring import BATCH_SIZE, embedded_batches, preprocess_spec
 from train.session import Session
-from train.stages import stage1_plan, stage2_plan
+from train.stage import stage1_plan, stage2_plan
 
 
 def trace_cache(session: Session, model: TraceModel) -> StageCache | None:

@@ -69,7 +69,7 @@ def check_compute(compute: ComputeConfig, device: torch.device, ranks: Ranks) ->
             remedy="pass --precision fp32",
         )
     if compute.compile and device.type == "cpu":
-        from cpp_ext.build import find_cxx  # which has to know compilers, and with them Unix
+        from cpp_ext.toolchain import find_cxx  # which has to know compilers, and with them Unix
 
         try:
             find_cxx()

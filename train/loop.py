@@ -28,7 +28,7 @@ from train.config import RunConfig
 from train.errors import TrainingError
 from train.methods import METHODS
 from train.optimizing import optimizer_of, schedule_of
-from train.stages import DEGENERATE, Batch, Stage
+from train.stage import DEGENERATE, Batch, Stage
 
 
 @dataclass

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 from runtime.errors import NTFError
 from train.adaptation import (
-    adaptable_config,
     adapted_training,
     adapted_validation,
     own_pictures,
@@ -36,12 +32,10 @@ from train.checkpoint import (
     TEMPORARIES,
     TRAIN_GENERATORS_KEY,
     config_sha256,
-    load_config,
     load_detector,
     load_start,
     load_state,
     make_folder,
-    newest_run,
     remove_temporaries,
     require_run_file,
     save_calibration,
@@ -50,25 +44,20 @@ from train.checkpoint import (
     trim_history,
 )
 from train.compute import check_compute, choose_device, prepare_model
-from train.config import (
-    AdaptConfig,
-    Preset,
-    RunConfig,
-    config_from_file,
-    preset_config,
-)
+from train.config import RunConfig
 from train.config_check import check_config
 from train.encoder import Encoder, with_standardizer
 from train.encoder_weights import check_encoder, load_exactly, read_state
 from train.errors import ConfigError
 from train.integrity import CORRUPT_FILE, corrupt_counts, data_source, split_of_run
 from train.loss_backend import LossBackend, choose_loss_backend, resumed_loss_backend
-from train.methods import METHODS, check_method, with_method
+from train.methods import METHODS, check_method
 from train.metrics import fit_calibration, require_calibration_pictures
 from train.model import NTFDetector, TraceModel, detector_from_traces
 from train.nearest import keep_neighbours
 from train.provenance import environment
 from train.ranks import ALONE, Ranks, check_ranks, joined, ranks_from_environment
+from train.run_options import Options, parse_options
 from train.scoring import (
     mean_natural_trace,
     mean_trace_of_embeddings,
@@ -94,25 +83,6 @@ from train.validation_scores import save_validation_scores, validation_scores
 RUNS = Path("runs")
 
 
-@dataclass(frozen=True)
-class Options:
-    """Train a detector of generated images in two stages; without arguments, the demo."""
-
-    preset: Preset = "demo"
-    """Starting values of all other options."""
-    config: Path | None = None
-    """Starting values from a run's config.json, instead of a preset."""
-    out: Path | None = None
-    """Run folder to make; default runs/<preset>-<date and time>."""
-    resume: Path | None = None
-    """Run folder to go on with, with its own configuration."""
-    overwrite: bool = False
-    """Replace the run in --out."""
-    stage1_from: Path | None = None
-    """Take stage 1 over from this run instead of training it; refused where it would end in other weights."""
-    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     try:
@@ -134,71 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; go on with python -m train.run --resume RUN", file=sys.stderr)
         return 130
     return 0
-
-
-def parse_options(arguments: list[str]) -> Options:
-    """Options from the command line, on top of a preset, a configuration file or the run that is resumed.
-
-    Raises:
-        ConfigError: values that do not make sense, or a resumed run with changed options.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=get_args(Preset))
-    first.add_argument("--config", type=Path)
-    first.add_argument("--resume", type=Path)
-    first.add_argument("--adapt-real")
-    first.add_argument("--run", type=Path)
-    first.add_argument("--method")
-    known, _ = first.parse_known_args(arguments)
-    if known.resume is not None:
-        base = load_config(known.resume)
-    elif known.adapt_real is not None:
-        parent = known.run or newest_run()
-        base = dataclasses.replace(adaptable_config(parent), adapt=AdaptConfig(known.adapt_real, str(parent)))
-    else:
-        base = preset_config(known.preset or "demo") if known.config is None else config_from_file(known.config)
-        # A file that has this method already has its values, or others on purpose; tyro refuses a method of no name.
-        if known.method in METHODS and known.method != base.method:
-            base = with_method(base, known.method)
-    default = Options(preset=known.preset or "demo", run=base)
-    options = tyro.cli(Options, prog="python -m train.run", args=arguments, default=default)
-    if known.resume is None:
-        _refuse_unfit_adaptation(options, base, known.preset)
-    further = options.config or options.out or options.overwrite or options.stage1_from
-    if known.resume is not None and (options.run != base or further):
-        raise ConfigError(
-            f"--resume {known.resume}",
-            got="further options",
-            wanted="the run's own configuration",
-            remedy="pass --resume alone, or start a new run with --config",
-        )
-    check_config(options.run)
-    check_method(options.run)
-    return options
-
-
-def _refuse_unfit_adaptation(options: Options, base: RunConfig, preset: str | None) -> None:
-    adapt = options.run.adapt
-    if adapt.run and not adapt.adapt_real:
-        raise ConfigError(
-            f"--run {adapt.run}",
-            got="no --adapt-real",
-            wanted="a folder of real pictures to adapt the run to",
-            remedy="pass --adapt-real DIR, or --resume to go on with a run that was stopped",
-        )
-    if not adapt.adapt_real:
-        return
-    fixed = ("method", "model", "data")
-    changed = [name for name in fixed if getattr(options.run, name) != getattr(base, name)]
-    if options.config is not None or preset is not None:
-        changed.append("preset or configuration")
-    if changed:
-        raise ConfigError(
-            f"--adapt-real {adapt.adapt_real}",
-            got=f"another {', '.join(changed)} than {adapt.run} has",
-            wanted="options of stages, loss, decision and computation alone",
-            remedy="leave them out, or train a new run",
-        )
 
 
 def check_start(config: RunConfig, device: torch.device, ranks: Ranks, *, resume: bool) -> None:

@@ -22,7 +22,7 @@ from train.loss_backend import STATE_KEY, LossBackend
 from train.methods import encoder_stays_frozen
 from train.pictures import PictureRecord, PictureSet
 from train.ranks import Ranks
-from train.stages import Stage
+from train.stage import Stage
 
 # Key of the number of processes in a checkpoint; other numbers sum gradients in another order.
 PROCESSES_KEY = "processes"
