@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -26,7 +26,7 @@ from runtime.preprocess import prepare
 Verdict: TypeAlias = Literal["real", "uncertain", "fake"]
 
 # Each decoding thread may hold one picture of max_pixels in memory, so there are few.
-_MAX_DECODE_THREADS = 4
+MAX_DECODE_THREADS = 4
 # Evidence is for looking at; five decimals of a logit are more than a picture can show.
 _EVIDENCE_DECIMALS = 5
 
@@ -112,7 +112,7 @@ class Detector:
         self._backend: Backend | None = backend
         self._calibration = bundle.manifest.calibration[choice.artifact.precision]
         self._max_pixels = max_pixels
-        self._pool = ThreadPoolExecutor(min(_MAX_DECODE_THREADS, os.cpu_count() or 1), "ntf-decode")
+        self._pool = ThreadPoolExecutor(min(MAX_DECODE_THREADS, os.cpu_count() or 1), "ntf-decode")
 
     @classmethod
     def load(
@@ -141,9 +141,9 @@ class Detector:
                 place.
             UsageError: max_pixels or threads is not a positive whole number.
         """
-        _require_positive("max_pixels", max_pixels)
+        require_positive("max_pixels", max_pixels)
         if threads is not None:
-            _require_positive("threads", threads)
+            require_positive("threads", threads)
         bundle = open_bundle(model)
         choice = choose(bundle.manifest, backend=backend, precision=precision)
         artifact = choice.artifact
@@ -177,10 +177,25 @@ class Detector:
         Raises:
             UsageError: a single picture instead of a list, a bad batch_size, or the detector is closed.
         """
-        _require_positive("batch_size", batch_size)
-        _require_many(sources)
+        require_positive("batch_size", batch_size)
+        require_many(sources)
         self._opened()
         return self._stream(iter(sources), batch_size)
+
+    def warm_up(self, *batch_sizes: int) -> None:
+        """Scores batches of black pictures, so that the back-end has allocated what it needs.
+
+        Args:
+            batch_sizes: pictures in each.
+
+        Raises:
+            UsageError: a batch size is not a positive whole number, or the detector is closed.
+            BackendError: the back-end failed.
+        """
+        size = self.manifest.preprocess
+        for batch_size in batch_sizes:
+            require_positive("batch size", batch_size)
+            self._opened().infer(np.zeros((batch_size, size.height, size.width, 3), np.uint8))
 
     def close(self) -> None:
         """Releases the back-end and the decoding threads; may be called twice."""
@@ -209,19 +224,29 @@ class Detector:
     def _stream(self, sources: Iterator[PictureSource], batch_size: int) -> Iterator[Detection]:
         first = 0
         while batch := list(islice(sources, batch_size)):
-            names = [_source_name(source, first + index) for index, source in enumerate(batch)]
-            yield from self._detect(names, batch)
+            names = [source_name(source, first + index) for index, source in enumerate(batch)]
+            yield from self.score(names, self._prepare_batch(batch))
             first += len(batch)
 
-    def _detect(self, names: list[str], batch: list[PictureSource]) -> list[Detection]:
-        """Detections of one batch; only the pictures that could be read go to the back-end."""
+    def score(self, names: Sequence[str], prepared: Sequence[NDArray[np.uint8] | PictureError]) -> list[Detection]:
+        """Detections of one batch of prepared pictures: the second half of `predict`.
+
+        Only the pictures that could be read go to the back-end.
+
+        Args:
+            names: of the pictures, for people.
+            prepared: what `prepare` returned for each of them.
+
+        Raises:
+            UsageError: the detector is closed.
+            BackendError: the back-end failed.
+        """
         backend = self._opened()
-        prepared = self._prepare_batch(batch)
         images = [image for image in prepared if not isinstance(image, PictureError)]
         outputs = backend.infer(np.stack(images)) if images else None
         rows = iter(range(len(images)))
         return [
-            _failed(name, str(image))
+            failed_detection(name, str(image))
             if isinstance(image, PictureError) or outputs is None
             else self._detection(name, outputs, next(rows))
             for name, image in zip(names, prepared, strict=True)
@@ -230,15 +255,20 @@ class Detector:
     def _prepare_batch(self, batch: list[PictureSource]) -> list[NDArray[np.uint8] | PictureError]:
         # Files and bytes are independent of each other; an image or a stream given twice is not.
         futures = {
-            index: self._pool.submit(self._prepare, source)
+            index: self._pool.submit(self.prepare, source)
             for index, source in enumerate(batch)
             if isinstance(source, (str, os.PathLike, bytes))
         }
         return [
-            futures[index].result() if index in futures else self._prepare(source) for index, source in enumerate(batch)
+            futures[index].result() if index in futures else self.prepare(source) for index, source in enumerate(batch)
         ]
 
-    def _prepare(self, source: PictureSource) -> NDArray[np.uint8] | PictureError:
+    def prepare(self, source: PictureSource) -> NDArray[np.uint8] | PictureError:
+        """What the graph takes of one picture, (H, W, 3) uint8, or why it cannot be read: the first half of `predict`.
+
+        Args:
+            source: as for `predict`.
+        """
         try:
             return prepare(decode_picture(source, max_pixels=self._max_pixels), self.manifest.preprocess)
         except PictureError as error:
@@ -254,7 +284,7 @@ class Detector:
                 wanted="finite outputs",
                 remedy=f"choose another precision than {self.info.precision}, and report the picture",
             )
-            return _failed(name, str(error))
+            return failed_detection(name, str(error))
         return Detection(
             source=name,
             fake_probability=float(self._calibration.fake_probability(logit)),
@@ -265,7 +295,8 @@ class Detector:
         )
 
 
-def _failed(name: str, error: str) -> Detection:
+def failed_detection(name: str, error: str) -> Detection:
+    """Detection of a picture without a verdict."""
     return Detection(name, None, None, None, None, error)
 
 
@@ -274,15 +305,19 @@ def _verdict(text: str) -> Verdict:
     return verdicts[text]
 
 
-def _source_name(source: object, index: int) -> str:
+def source_name(source: object, index: int) -> str:
     """Path of a source that has one, otherwise what it is and its place among the sources."""
     carried = getattr(source, "filename", None) or getattr(source, "name", None)
     named = isinstance(source, (str, os.PathLike)) or isinstance(carried, (str, os.PathLike))
     return describe_source(source) if named else f"#{index} ({describe_source(source)})"
 
 
-def _require_many(sources: object) -> None:
-    """Nothing for a collection of pictures; a str or an array would else be taken apart character by row."""
+def require_many(sources: object) -> None:
+    """Nothing for a collection of pictures; a str or an array would else be taken apart character by row.
+
+    Raises:
+        UsageError: a single picture, or something that cannot be iterated.
+    """
     if isinstance(sources, np.ndarray) and sources.ndim == 4:
         return
     single = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
@@ -295,7 +330,12 @@ def _require_many(sources: object) -> None:
         )
 
 
-def _require_positive(name: str, value: object) -> None:
+def require_positive(name: str, value: object) -> None:
+    """Nothing for a whole number of at least 1.
+
+    Raises:
+        UsageError: anything else.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         _refuse_number(name, value)
 

@@ -1,0 +1,362 @@
+"""A detector that many threads, or an asyncio program, share: requests are collected into batches, within limits."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.batching import Admission, Answered, BatchObserver, DynamicBatcher, closed_error
+from runtime.decode import MAX_PIXELS, PictureSource, describe_source
+from runtime.detector import (
+    MAX_DECODE_THREADS,
+    Detection,
+    Detector,
+    DetectorInfo,
+    failed_detection,
+    require_many,
+    require_positive,
+    source_name,
+)
+from runtime.errors import ClosedError, PictureError, UsageError
+from runtime.manifest import ModelManifest
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A picture as it was handed in, with its name for people."""
+
+    name: str
+    source: PictureSource
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A picture as the graph takes it, or why it cannot be read."""
+
+    name: str
+    image: NDArray[np.uint8] | PictureError
+
+
+class DetectorService:
+    """A `Detector` behind a queue; made by `DetectorService.load`, closed by `close` or at the end of a `with` block.
+
+    Pictures are decoded in threads, collected into batches and scored as soon as the engine is free.
+
+    Note:
+        Every method may be called from every thread at once. `close` and `swap` wait for work to end, so they are not
+        for the callback of a future.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        load_options: dict[str, Any],
+        *,
+        max_batch_size: int,
+        max_wait_ms: float,
+        max_queue: int,
+        observer: BatchObserver | None,
+    ) -> None:
+        self._load_options = load_options
+        self._max_batch_size = max_batch_size
+        self._max_wait_ms = max_wait_ms
+        self._observer = observer
+        self._admission = Admission(max_queue)
+        self._changing = threading.Lock()
+        self._closed = False
+        self._lane = self._lane_of(detector)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        backend: str = "auto",
+        precision: str = "auto",
+        max_pixels: int = MAX_PIXELS,
+        threads: int | None = None,
+        check_golden: bool = False,
+        max_batch_size: int = 32,
+        max_wait_ms: float = 2.0,
+        max_queue: int = 256,
+        observer: BatchObserver | None = None,
+    ) -> DetectorService:
+        """Service of a model bundle, verified and opened.
+
+        Args:
+            model: folder or .zip file of the bundle.
+            backend: as for `Detector.load`, and so are the next four.
+            precision: "auto", "fp32", "fp16" or "int8".
+            max_pixels: largest picture that is decoded, height times width.
+            threads: CPU threads of one inference; None leaves it to the back-end.
+            check_golden: run the golden inputs of the bundle first.
+            max_batch_size: pictures scored at once at most; it does not change a score.
+            max_wait_ms: how long a decoded picture waits for others while the engine is free, from 0.
+            max_queue: pictures that may wait, decoded or not; further ones are refused.
+            observer: told of each batch, for metrics.
+
+        Raises:
+            BundleError: as for `Detector.load`.
+            BackendError: as for `Detector.load`.
+            UsageError: a number is out of its range.
+        """
+        require_positive("max_batch_size", max_batch_size)
+        require_positive("max_queue", max_queue)
+        _require_duration("max_wait_ms", max_wait_ms, zero=True)
+        options = {
+            "backend": backend,
+            "precision": precision,
+            "max_pixels": max_pixels,
+            "threads": threads,
+            "check_golden": check_golden,
+        }
+        return cls(
+            Detector.load(model, **options),  # type: ignore[arg-type]
+            options,
+            max_batch_size=max_batch_size,
+            max_wait_ms=max_wait_ms,
+            max_queue=max_queue,
+            observer=observer,
+        )
+
+    @property
+    def info(self) -> DetectorInfo:
+        """What really runs, for the pictures that are submitted now."""
+        return self._lane.detector.info
+
+    @property
+    def manifest(self) -> ModelManifest:
+        """Manifest of the bundle that scores the pictures that are submitted now."""
+        return self._lane.detector.manifest
+
+    @property
+    def queue_length(self) -> int:
+        """Pictures that wait, decoded or not; those that the engine works on are not counted."""
+        return self._admission.waiting
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def submit(self, source: PictureSource, *, timeout_s: float | None = None) -> Future[Detection]:
+        """Future of the verdict on one picture; a picture that cannot be read gives a Detection with `error` set.
+
+        `cancel` takes the picture out of the queue, until the engine works on it.
+
+        Args:
+            source: as for `Detector.predict`; an array is copied before this returns, as far as it is looked at.
+            timeout_s: seconds from now, after which the future raises DeadlineError.
+
+        Raises:
+            QueueFullError: max_queue pictures wait already.
+            ClosedError: the service is closed.
+            UsageError: timeout_s is no positive number.
+        """
+        if timeout_s is not None:
+            _require_duration("timeout_s", timeout_s)
+        return self._submit(_Source(describe_source(source), source), timeout_s=timeout_s)
+
+    async def detect(self, source: PictureSource, *, timeout_s: float | None = None) -> Detection:
+        """The same for asyncio; cancelling the task takes the picture out of the queue.
+
+        Args:
+            source: as for `submit`.
+            timeout_s: as for `submit`.
+
+        Raises:
+            QueueFullError: max_queue pictures wait already.
+            DeadlineError: timeout_s passed before the picture was scored.
+            ClosedError: the service is closed, or was closed without draining it.
+            BackendError: the back-end failed.
+            UsageError: timeout_s is no positive number.
+        """
+        return await asyncio.wrap_future(self.submit(source, timeout_s=timeout_s))
+
+    def predict(self, sources: Iterable[PictureSource]) -> list[Detection]:
+        """One Detection for each source, in order; it waits where the queue is full.
+
+        Args:
+            sources: as for `Detector.predict`.
+
+        Raises:
+            UsageError: a single picture instead of a list.
+            ClosedError: the service is closed.
+            BackendError: the back-end failed.
+        """
+        return list(self.stream(sources))
+
+    def stream(self, sources: Iterable[PictureSource]) -> Iterator[Detection]:
+        """The same as `predict`, but each Detection is handed out when it is there, and sources are taken as needed.
+
+        Raises:
+            UsageError: a single picture instead of a list.
+            ClosedError: the service is closed.
+            BackendError: the back-end failed.
+        """
+        require_many(sources)
+        return self._stream(iter(sources))
+
+    def swap(self, model: str | Path, **load_options: Any) -> None:
+        """Changes to another bundle without losing a request.
+
+        The new one is loaded, checked and warmed up while the old one works. Then it takes all new pictures, those
+        that were submitted before end on the old one, and the old one is closed. Where anything fails, the old one
+        stays.
+
+        Args:
+            model: folder or .zip file of the bundle.
+            load_options: of `Detector.load`, in place of those that `load` was given.
+
+        Raises:
+            BundleError: as for `Detector.load`.
+            BackendError: as for `Detector.load`.
+            UsageError: an option makes no sense.
+            ClosedError: the service is closed.
+        """
+        options = {**self._load_options, **load_options}
+        detector = Detector.load(model, **options)
+        detector.warm_up(1, self._max_batch_size)
+        with self._changing:
+            if self._closed:
+                detector.close()
+                raise closed_error()
+            old, self._lane, self._load_options = self._lane, self._lane_of(detector), options
+        old.close(drain=True)
+
+    def warm_up(self) -> None:
+        """Runs a batch of one picture and one of max_batch_size, so that the first request need not wait for it."""
+        self._lane.detector.warm_up(1, self._max_batch_size)
+
+    def close(self, *, drain: bool = True) -> None:
+        """Ends the service: nothing new is taken, threads and back-end are released; may be called twice.
+
+        Args:
+            drain: score what waits first; otherwise its futures raise ClosedError. What the engine works on ends with
+                its result in both cases.
+        """
+        with self._changing:
+            self._closed = True
+            self._admission.close()
+            self._lane.close(drain=drain)
+
+    def __enter__(self) -> DetectorService:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _lane_of(self, detector: Detector) -> _Lane:
+        return _Lane(
+            detector,
+            admission=self._admission,
+            max_batch_size=self._max_batch_size,
+            max_wait_ms=self._max_wait_ms,
+            observer=self._observer,
+        )
+
+    def _submit(self, picture: _Source, *, timeout_s: float | None = None, block: bool = False) -> Future[Detection]:
+        while True:
+            lane = self._lane
+            try:
+                return lane.submit(picture, timeout_s=timeout_s, block=block)
+            except ClosedError:
+                # A lane is closed after another took its place, or for good.
+                if lane is self._lane:
+                    raise
+
+    def _stream(self, sources: Iterator[PictureSource]) -> Iterator[Detection]:
+        # One batch at the engine, one that is collected and one that is handed out.
+        ahead = 3 * self._max_batch_size
+        pending: deque[Future[Detection]] = deque()
+        try:
+            for index, source in enumerate(sources):
+                pending.append(self._submit(_Source(source_name(source, index), source), block=True))
+                while pending and (len(pending) >= ahead or pending[0].done()):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+class _Lane:
+    """One opened bundle with its queue: a swap puts another lane in its place."""
+
+    def __init__(
+        self,
+        detector: Detector,
+        *,
+        admission: Admission,
+        max_batch_size: int,
+        max_wait_ms: float,
+        observer: BatchObserver | None,
+    ) -> None:
+        self.detector = detector
+        # One image or stream that is submitted twice must not be decoded twice at the same time.
+        self._one_at_a_time = threading.Lock()
+        self._batcher = DynamicBatcher[_Source | _Prepared, _Prepared, Detection](
+            self._prepare,
+            self._score,
+            admission=admission,
+            max_batch_size=max_batch_size,
+            max_wait_ms=max_wait_ms,
+            prepare_threads=min(MAX_DECODE_THREADS, os.cpu_count() or 1),
+            observer=observer,
+        )
+
+    def submit(self, picture: _Source, *, timeout_s: float | None, block: bool) -> Future[Detection]:
+        item: _Source | _Prepared = picture
+        if isinstance(picture.source, np.ndarray):
+            item = _Prepared(picture.name, self._snapshot(picture.source))
+        return self._batcher.submit(item, timeout_s=timeout_s, block=block)
+
+    def close(self, *, drain: bool) -> None:
+        self._batcher.close(drain=drain)
+        self.detector.close()
+
+    def _snapshot(self, source: NDArray[np.uint8]) -> NDArray[np.uint8] | PictureError:
+        """What the graph takes of an array, in memory of its own: the caller may fill the array anew."""
+        prepared = self.detector.prepare(source)
+        return prepared if isinstance(prepared, PictureError) else prepared.copy()
+
+    def _prepare(self, picture: _Source | _Prepared) -> _Prepared | Answered[Detection]:
+        if isinstance(picture, _Source):
+            picture = _Prepared(picture.name, self._decode(picture.source))
+        if isinstance(picture.image, PictureError):
+            return Answered(failed_detection(picture.name, str(picture.image)))
+        return picture
+
+    def _decode(self, source: PictureSource) -> NDArray[np.uint8] | PictureError:
+        if isinstance(source, (str, os.PathLike, bytes)):
+            return self.detector.prepare(source)
+        with self._one_at_a_time:
+            return self.detector.prepare(source)
+
+    def _score(self, batch: list[_Prepared]) -> list[Detection]:
+        return self.detector.score([picture.name for picture in batch], [picture.image for picture in batch])
+
+
+def _require_duration(name: str, value: object, *, zero: bool = False) -> None:
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not np.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[operator, call-overload]
+        raise UsageError(
+            name,
+            got=repr(value),
+            wanted=f"a finite number {'of at least' if zero else 'above'} 0",
+            remedy="leave it out for the default",
+        )
