@@ -22,6 +22,7 @@ from runtime.decode import MAX_PIXELS, PictureSource, decode_picture, describe_s
 from runtime.errors import PictureError, UsageError
 from runtime.golden import require_golden
 from runtime.preprocess import prepare
+from runtime.views import Views, require_views, view_parts
 
 Verdict: TypeAlias = Literal["real", "uncertain", "fake"]
 
@@ -158,29 +159,36 @@ class Detector:
                 raise
         return cls(bundle, opened, choice, max_pixels=max_pixels)
 
-    def predict(self, sources: Iterable[PictureSource], *, batch_size: int = 32) -> list[Detection]:
+    def predict(
+        self, sources: Iterable[PictureSource], *, batch_size: int = 32, views: Views = "center"
+    ) -> list[Detection]:
         """One Detection for each source, in order; a picture that cannot be read gets one with `error` set.
 
         Args:
             sources: paths, bytes of files, binary file objects, Pillow images and uint8 (H, W, 3) RGB arrays, in
                 any mixture. A single picture goes in a list: `predict([picture])`.
-            batch_size: pictures scored at once; it bounds memory and does not change a score.
+            batch_size: pictures read at once, and crops scored at once; it bounds memory and does not change a score.
+            views: parts of a picture that are looked at, "center", "five" or "grid" as `runtime.views.view_parts`
+                has them. Their logits and similarities are averaged before the calibration, whose thresholds were
+                fitted on the middle alone; `evidence` is that of the middle.
 
         Raises:
-            UsageError: a single picture instead of a list, a bad batch_size, or the detector is closed.
+            UsageError: a single picture instead of a list, a bad batch_size, unknown views, or the detector is closed.
         """
-        return list(self.stream(sources, batch_size=batch_size))
+        return list(self.stream(sources, batch_size=batch_size, views=views))
 
-    def stream(self, sources: Iterable[PictureSource], *, batch_size: int = 32) -> Iterator[Detection]:
+    def stream(
+        self, sources: Iterable[PictureSource], *, batch_size: int = 32, views: Views = "center"
+    ) -> Iterator[Detection]:
         """The same as `predict`, but each batch is handed out when it is done, and sources are taken as needed.
 
         Raises:
-            UsageError: a single picture instead of a list, a bad batch_size, or the detector is closed.
+            UsageError: a single picture instead of a list, a bad batch_size, unknown views, or the detector is closed.
         """
         _require_positive("batch_size", batch_size)
         _require_many(sources)
         self._opened()
-        return self._stream(iter(sources), batch_size)
+        return self._stream(iter(sources), batch_size, require_views(views))
 
     def close(self) -> None:
         """Releases the back-end and the decoding threads; may be called twice."""
@@ -206,47 +214,63 @@ class Detector:
             raise UsageError("detector", got="a closed one", wanted="an open one", remedy="load it again")
         return self._backend
 
-    def _stream(self, sources: Iterator[PictureSource], batch_size: int) -> Iterator[Detection]:
+    def _stream(self, sources: Iterator[PictureSource], batch_size: int, views: Views) -> Iterator[Detection]:
         first = 0
         while batch := list(islice(sources, batch_size)):
             names = [_source_name(source, first + index) for index, source in enumerate(batch)]
-            yield from self._detect(names, batch)
+            yield from self._detect(names, batch, batch_size, views)
             first += len(batch)
 
-    def _detect(self, names: list[str], batch: list[PictureSource]) -> list[Detection]:
+    def _detect(
+        self, names: list[str], batch: list[PictureSource], batch_size: int, views: Views
+    ) -> Iterator[Detection]:
         """Detections of one batch; only the pictures that could be read go to the back-end."""
         backend = self._opened()
-        prepared = self._prepare_batch(batch)
-        images = [image for image in prepared if not isinstance(image, PictureError)]
-        outputs = backend.infer(np.stack(images)) if images else None
-        rows = iter(range(len(images)))
-        return [
-            _failed(name, str(image))
-            if isinstance(image, PictureError) or outputs is None
-            else self._detection(name, outputs, next(rows))
-            for name, image in zip(names, prepared, strict=True)
-        ]
+        prepared = self._prepare_batch(batch, views)
+        crops = [crop for found in prepared if not isinstance(found, PictureError) for crop in found]
+        outputs = _inferred(backend, crops, batch_size) if crops else None
+        first = 0
+        for name, found in zip(names, prepared, strict=True):
+            if isinstance(found, PictureError) or outputs is None:
+                yield _failed(name, str(found))
+            else:
+                rows = slice(first, first + len(found))
+                first = rows.stop
+                yield self._detection(name, Outputs(*(array[rows] for array in outputs)))
 
-    def _prepare_batch(self, batch: list[PictureSource]) -> list[NDArray[np.uint8] | PictureError]:
+    def _prepare_batch(self, batch: list[PictureSource], views: Views) -> list[list[NDArray[np.uint8]] | PictureError]:
         # Files and bytes are independent of each other; an image or a stream given twice is not.
         futures = {
-            index: self._pool.submit(self._prepare, source)
+            index: self._pool.submit(self._crops, source, views)
             for index, source in enumerate(batch)
             if isinstance(source, (str, os.PathLike, bytes))
         }
         return [
-            futures[index].result() if index in futures else self._prepare(source) for index, source in enumerate(batch)
+            futures[index].result() if index in futures else self._crops(source, views)
+            for index, source in enumerate(batch)
         ]
 
-    def _prepare(self, source: PictureSource) -> NDArray[np.uint8] | PictureError:
+    def _crops(self, source: PictureSource, views: Views) -> list[NDArray[np.uint8]] | PictureError:
+        """Model inputs of one source, at least one; `_detection` takes the outputs of all of them."""
+        spec = self.manifest.preprocess
         try:
-            return prepare(decode_picture(source, max_pixels=self._max_pixels), self.manifest.preprocess)
+            rgb = decode_picture(source, max_pixels=self._max_pixels)
         except PictureError as error:
             return error
+        parts = view_parts(rgb.shape[0], rgb.shape[1], spec, views)
+        return [prepare(rgb[top : top + height, left : left + width], spec) for top, left, height, width in parts]
 
-    def _detection(self, name: str, outputs: Outputs, row: int) -> Detection:
-        logit, similarity = float(outputs.logits[row]), float(outputs.trace_similarity[row])
-        evidence = self._calibration.calibrated(outputs.evidence[row]).astype(np.float32)
+    def _detection(self, name: str, outputs: Outputs) -> Detection:
+        """Detection of one source.
+
+        Args:
+            name: of the source.
+            outputs: of its crops alone, in the order of `_crops`.
+        """
+        # In float64: the mean of one value is that value.
+        logit = float(outputs.logits.astype(np.float64).mean())
+        similarity = float(outputs.trace_similarity.astype(np.float64).mean())
+        evidence = self._calibration.calibrated(outputs.evidence[0]).astype(np.float32)
         if not (np.isfinite(logit) and np.isfinite(similarity) and np.isfinite(evidence).all()):
             error = PictureError(
                 name,
@@ -263,6 +287,12 @@ class Detector:
             evidence=evidence,
             error=None,
         )
+
+
+def _inferred(backend: Backend, crops: list[NDArray[np.uint8]], batch_size: int) -> Outputs:
+    """Outputs of one or more crops, at most `batch_size` at once."""
+    batches = [backend.infer(np.stack(crops[first : first + batch_size])) for first in range(0, len(crops), batch_size)]
+    return batches[0] if len(batches) == 1 else Outputs(*map(np.concatenate, zip(*batches, strict=True)))
 
 
 def _failed(name: str, error: str) -> Detection:
