@@ -81,6 +81,9 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference")
     parser.add_argument(
+        "--views", default="center", help="parts of a picture whose logits are averaged: center, five or grid (3x3)"
+    )
+    parser.add_argument(
         "--check-golden", action="store_true", help="first check that the golden inputs give what they gave at export"
     )
     parser.set_defaults(run=_predict)
@@ -100,7 +103,7 @@ def _predict(options: argparse.Namespace) -> int:
         threads=options.threads,
         check_golden=options.check_golden,
     ) as detector:
-        detections = detector.stream(pictures, batch_size=options.batch_size)
+        detections = detector.stream(pictures, batch_size=options.batch_size, views=options.views)
         checked = "; golden inputs give what they gave at export" if options.check_golden else ""
         print(_info_line(detector.info) + checked, file=sys.stderr)
         failed = 0

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,20 @@ from runtime.errors import PictureError
 from runtime.pillow_guard import neutral_pillow
 from runtime.preprocess import require_rgb
 
-PictureSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]"
+
+class SupportsDLPack(Protocol):
+    """An array of any library that can show its memory, as PyTorch's and JAX's do (DLPack)."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        """The array as a DLPack capsule."""
+
+    def __dlpack_device__(self) -> tuple[Any, int]:
+        """Kind and number of the device that holds the array."""
+
+
+PictureSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8] | SupportsDLPack"
+)
 
 # 100 megapixels are a 400 MB Pillow image: the largest that one decoding thread may hold.
 MAX_PIXELS = 100_000_000
@@ -38,6 +51,8 @@ PICTURE_SUFFIXES = (
 
 # Pillow's names. No PostScript, PDF or Windows metafiles: those run interpreters.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO", "PPM")
+# dlpack.h: kDLCPU, kDLCUDAHost, kDLROCMHost.
+_CPU_MEMORY = (1, 3, 11)
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,7 +71,8 @@ def decode_picture(source: PictureSource, *, max_pixels: int = MAX_PIXELS) -> ND
 
     Args:
         source: a path, the bytes of a file, a binary file object (read from where it stands), a Pillow image
-            (the frame it is at), or a uint8 (H, W, 3) RGB array, which comes back uncopied when contiguous.
+            (the frame it is at), or a uint8 (H, W, 3) RGB array, which comes back uncopied when contiguous; an array
+            of another library that shows its memory with DLPack is one, where it is in the CPU's memory.
         max_pixels: largest height times width that is accepted, whatever the source.
 
     Raises:
@@ -66,7 +82,8 @@ def decode_picture(source: PictureSource, *, max_pixels: int = MAX_PIXELS) -> ND
         Thread safe, except that one Pillow image or file object must not be decoded twice at the same time.
     """
     name = describe_source(source)
-    if isinstance(source, np.ndarray):
+    if hasattr(source, "__dlpack__"):
+        source = _from_dlpack(source, name)
         require_rgb(source)
         _require_size(name, source.shape[1], source.shape[0], max_pixels)
         return np.ascontiguousarray(source)
@@ -85,12 +102,27 @@ def describe_source(source: object) -> str:
         return os.fspath(source) or "''"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source)} bytes"
-    if isinstance(source, np.ndarray):
-        return f"array {source.shape}"
+    if hasattr(source, "__dlpack__"):
+        kind = "array" if isinstance(source, np.ndarray) else type(source).__name__
+        return f"{kind} {tuple(getattr(source, 'shape', ()))}"
     carried = getattr(source, "filename", None) or getattr(source, "name", None)
     if isinstance(carried, (str, os.PathLike)):
         return os.fspath(carried)
     return f"{type(source).__name__} object"
+
+
+def _from_dlpack(source: Any, name: str) -> NDArray[Any]:
+    """The array itself, or NumPy's view of the memory of another library's."""
+    if isinstance(source, np.ndarray):
+        return source
+    remedy = "move it to the CPU as uint8 (height, width, 3), for PyTorch with tensor.detach().cpu()"
+    try:
+        device = int(source.__dlpack_device__()[0])
+        if device not in _CPU_MEMORY:
+            raise _refusal(name, f"an array on DLPack device {device}", "one in the CPU's memory", remedy)
+        return np.from_dlpack(source)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise _refusal(name, f"an array that is not given out ({error})", "one that NumPy can read", remedy) from error
 
 
 @contextmanager

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from runtime.arguments import require_positive
 from runtime.backends import Backend, Outputs, open_backend
 from runtime.backends.choice import Choice, choose
 from runtime.bundle import Bundle, open_bundle
-from runtime.decode import MAX_PIXELS, PictureSource, decode_picture, describe_source
+from runtime.decode import MAX_PIXELS, PictureSource, decode_picture
 from runtime.errors import PictureError, UsageError
 from runtime.golden import require_golden
+from runtime.pipeline import pipelined
 from runtime.preprocess import prepare
+from runtime.sources import is_array, is_file, require_many, source_name
+from runtime.views import Views, require_views, view_parts
 
 Verdict: TypeAlias = Literal["real", "uncertain", "fake"]
+
+# What the graph takes of a picture: one crop (H, W, 3) uint8 or more, or why it cannot be read.
+Prepared: TypeAlias = "list[NDArray[np.uint8]] | PictureError"
 
 # Each decoding thread may hold one picture of max_pixels in memory, so there are few.
 MAX_DECODE_THREADS = 4
@@ -112,6 +119,8 @@ class Detector:
         self._backend: Backend | None = backend
         self._calibration = bundle.manifest.calibration[choice.artifact.precision]
         self._max_pixels = max_pixels
+        self._users = 0
+        self._idle = threading.Condition()
         self._pool = ThreadPoolExecutor(min(MAX_DECODE_THREADS, os.cpu_count() or 1), "ntf-decode")
 
     @classmethod
@@ -158,35 +167,90 @@ class Detector:
                 raise
         return cls(bundle, opened, choice, max_pixels=max_pixels)
 
-    def predict(self, sources: Iterable[PictureSource], *, batch_size: int = 32) -> list[Detection]:
+    def predict(
+        self, sources: Iterable[PictureSource], *, batch_size: int = 32, views: Views = "center"
+    ) -> list[Detection]:
         """One Detection for each source, in order; a picture that cannot be read gets one with `error` set.
 
         Args:
-            sources: paths, bytes of files, binary file objects, Pillow images and uint8 (H, W, 3) RGB arrays, in
-                any mixture. A single picture goes in a list: `predict([picture])`.
-            batch_size: pictures scored at once; it bounds memory and does not change a score.
+            sources: paths, bytes of files, binary file objects, Pillow images and uint8 (H, W, 3) RGB arrays, of NumPy
+                or with DLPack, in any mixture. A single picture goes in a list: `predict([picture])`.
+            batch_size: pictures read at once, and crops scored at once; it bounds memory and does not change a score.
+            views: parts of a picture that are looked at, "center", "five" or "grid" as `runtime.views.view_parts`
+                has them. Their logits and similarities are averaged before the calibration, whose thresholds were
+                fitted on the middle alone; `evidence` is that of the middle.
 
         Raises:
-            UsageError: a single picture instead of a list, a bad batch_size, or the detector is closed.
+            UsageError: a single picture instead of a list, a bad batch_size, unknown views, or the detector is closed.
         """
-        return list(self.stream(sources, batch_size=batch_size))
+        return list(self.stream(sources, batch_size=batch_size, views=views))
 
-    def stream(self, sources: Iterable[PictureSource], *, batch_size: int = 32) -> Iterator[Detection]:
+    def stream(
+        self, sources: Iterable[PictureSource], *, batch_size: int = 32, views: Views = "center"
+    ) -> Iterator[Detection]:
         """The same as `predict`, but each batch is handed out when it is done, and sources are taken as needed.
 
+        Files are decoded in threads while the back-end works on the batches before. At most three batches are read
+        ahead, so memory does not grow with the number of sources. Where taking a source fails, the Detections of
+        those before it come first, then the error.
+
         Raises:
-            UsageError: a single picture instead of a list, a bad batch_size, or the detector is closed.
+            UsageError: a single picture instead of a list, a bad batch_size, unknown views, or the detector is closed.
         """
         require_positive("batch_size", batch_size)
         require_many(sources)
         self._opened()
-        return self._stream(iter(sources), batch_size)
+        return self._stream(sources, batch_size, require_views(views))
 
-    def warm_up(self, *batch_sizes: int) -> None:
-        """Scores batches of black pictures, so that the back-end has allocated what it needs.
+    def prepare(self, source: PictureSource, *, views: Views = "center") -> Prepared:
+        """Model inputs of one picture, or why it cannot be read: the first half of `predict`.
 
         Args:
-            batch_sizes: pictures in each.
+            source: as for `predict`.
+            views: as for `predict`; there is at least one view, and the middle is the first.
+        """
+        spec = self.manifest.preprocess
+        try:
+            rgb = decode_picture(source, max_pixels=self._max_pixels)
+        except PictureError as error:
+            return error
+        parts = view_parts(rgb.shape[0], rgb.shape[1], spec, views)
+        crops = [prepare(rgb[top : top + height, left : left + width], spec) for top, left, height, width in parts]
+        if is_array(source):
+            # Whoever hands in an array may fill it anew while the crops wait for the back-end.
+            crops = [crop.copy() if np.may_share_memory(crop, rgb) else crop for crop in crops]
+        return crops
+
+    def score(self, names: Sequence[str], prepared: Sequence[Prepared], *, batch_size: int = 32) -> list[Detection]:
+        """Detections of prepared pictures: the second half of `predict`.
+
+        Args:
+            names: of the pictures, for people.
+            prepared: what `prepare` returned for each of them; only crops go to the back-end.
+            batch_size: crops scored at once; it does not change a score.
+
+        Raises:
+            UsageError: the detector is closed.
+            BackendError: the back-end failed.
+        """
+        crops = [crop for found in prepared if not isinstance(found, PictureError) for crop in found]
+        with self._using_backend() as backend:
+            outputs = _inferred(backend, crops, batch_size) if crops else None
+        first, detections = 0, []
+        for name, found in zip(names, prepared, strict=True):
+            if isinstance(found, PictureError) or outputs is None:
+                detections.append(failed_detection(name, str(found)))
+            else:
+                rows = slice(first, first + len(found))
+                first = rows.stop
+                detections.append(self._detection(name, Outputs(*(array[rows] for array in outputs))))
+        return detections
+
+    def warm_up(self, *batch_sizes: int) -> None:
+        """Scores black pictures, so that the back-end has allocated what it needs.
+
+        Args:
+            batch_sizes: pictures in each batch.
 
         Raises:
             UsageError: a batch size is not a positive whole number, or the detector is closed.
@@ -195,14 +259,18 @@ class Detector:
         size = self.manifest.preprocess
         for batch_size in batch_sizes:
             require_positive("batch size", batch_size)
-            self._opened().infer(np.zeros((batch_size, size.height, size.width, 3), np.uint8))
+            with self._using_backend() as backend:
+                backend.infer(np.zeros((batch_size, size.height, size.width, 3), np.uint8))
 
     def close(self) -> None:
-        """Releases the back-end and the decoding threads; may be called twice."""
-        if self._backend is not None:
+        """Releases the back-end, once nothing is inferred any more, and the decoding threads; may be called twice."""
+        with self._idle:
+            backend, self._backend = self._backend, None
+            while self._users:
+                self._idle.wait()
+        if backend is not None:
             self._pool.shutdown(cancel_futures=True)
-            self._backend.close()
-            self._backend = None
+            backend.close()
 
     def __enter__(self) -> Detector:
         return self
@@ -221,62 +289,56 @@ class Detector:
             raise UsageError("detector", got="a closed one", wanted="an open one", remedy="load it again")
         return self._backend
 
-    def _stream(self, sources: Iterator[PictureSource], batch_size: int) -> Iterator[Detection]:
-        first = 0
-        while batch := list(islice(sources, batch_size)):
-            names = [source_name(source, first + index) for index, source in enumerate(batch)]
-            yield from self.score(names, self._prepare_batch(batch))
-            first += len(batch)
-
-    def score(self, names: Sequence[str], prepared: Sequence[NDArray[np.uint8] | PictureError]) -> list[Detection]:
-        """Detections of one batch of prepared pictures: the second half of `predict`.
-
-        Only the pictures that could be read go to the back-end.
-
-        Args:
-            names: of the pictures, for people.
-            prepared: what `prepare` returned for each of them.
-
-        Raises:
-            UsageError: the detector is closed.
-            BackendError: the back-end failed.
-        """
-        backend = self._opened()
-        images = [image for image in prepared if not isinstance(image, PictureError)]
-        outputs = backend.infer(np.stack(images)) if images else None
-        rows = iter(range(len(images)))
-        return [
-            failed_detection(name, str(image))
-            if isinstance(image, PictureError) or outputs is None
-            else self._detection(name, outputs, next(rows))
-            for name, image in zip(names, prepared, strict=True)
-        ]
-
-    def _prepare_batch(self, batch: list[PictureSource]) -> list[NDArray[np.uint8] | PictureError]:
-        # Files and bytes are independent of each other; an image or a stream given twice is not.
-        futures = {
-            index: self._pool.submit(self.prepare, source)
-            for index, source in enumerate(batch)
-            if isinstance(source, (str, os.PathLike, bytes))
-        }
-        return [
-            futures[index].result() if index in futures else self.prepare(source) for index, source in enumerate(batch)
-        ]
-
-    def prepare(self, source: PictureSource) -> NDArray[np.uint8] | PictureError:
-        """What the graph takes of one picture, (H, W, 3) uint8, or why it cannot be read: the first half of `predict`.
-
-        Args:
-            source: as for `predict`.
-        """
+    @contextmanager
+    def _using_backend(self) -> Iterator[Backend]:
+        """The back-end, which is not closed meanwhile."""
+        with self._idle:
+            backend = self._opened()
+            self._users += 1
         try:
-            return prepare(decode_picture(source, max_pixels=self._max_pixels), self.manifest.preprocess)
-        except PictureError as error:
-            return error
+            yield backend
+        finally:
+            with self._idle:
+                self._users -= 1
+                self._idle.notify_all()
 
-    def _detection(self, name: str, outputs: Outputs, row: int) -> Detection:
-        logit, similarity = float(outputs.logits[row]), float(outputs.trace_similarity[row])
-        evidence = self._calibration.calibrated(outputs.evidence[row]).astype(np.float32)
+    def _stream(self, sources: Iterable[PictureSource], batch_size: int, views: Views) -> Iterator[Detection]:
+        def begin(numbered: tuple[int, PictureSource]) -> tuple[str, Prepared | Future[Prepared]]:
+            index, source = numbered
+            return source_name(source, index), self._begin_preparing(source, views)
+
+        def score(begun: list[tuple[str, Prepared | Future[Prepared]]]) -> list[Detection]:
+            prepared = [self._prepared(found) for _, found in begun]
+            return self.score([name for name, _ in begun], prepared, batch_size=batch_size)
+
+        for detection in pipelined(enumerate(sources), begin, score, batch_size=batch_size):
+            self._opened()
+            yield detection
+
+    def _begin_preparing(self, source: PictureSource, views: Views) -> Prepared | Future[Prepared]:
+        self._opened()
+        if is_file(source):
+            return self._pool.submit(self.prepare, source, views=views)
+        return self.prepare(source, views=views)
+
+    def _prepared(self, begun: Prepared | Future[Prepared]) -> Prepared:
+        try:
+            return begun.result() if isinstance(begun, Future) else begun
+        except CancelledError:
+            self._opened()  # `close` gave up what was not yet begun
+            raise
+
+    def _detection(self, name: str, outputs: Outputs) -> Detection:
+        """Detection of one source.
+
+        Args:
+            name: of the source.
+            outputs: of its crops alone, in the order of `prepare`.
+        """
+        # In float64: the mean of one value is that value.
+        logit = float(outputs.logits.astype(np.float64).mean())
+        similarity = float(outputs.trace_similarity.astype(np.float64).mean())
+        evidence = self._calibration.calibrated(outputs.evidence[0]).astype(np.float32)
         if not (np.isfinite(logit) and np.isfinite(similarity) and np.isfinite(evidence).all()):
             error = PictureError(
                 name,
@@ -295,6 +357,12 @@ class Detector:
         )
 
 
+def _inferred(backend: Backend, crops: list[NDArray[np.uint8]], batch_size: int) -> Outputs:
+    """Outputs of one or more crops, at most `batch_size` at once."""
+    batches = [backend.infer(np.stack(crops[first : first + batch_size])) for first in range(0, len(crops), batch_size)]
+    return batches[0] if len(batches) == 1 else Outputs(*map(np.concatenate, zip(*batches, strict=True)))
+
+
 def failed_detection(name: str, error: str) -> Detection:
     """Detection of a picture without a verdict."""
     return Detection(name, None, None, None, None, error)
@@ -303,44 +371,3 @@ def failed_detection(name: str, error: str) -> Detection:
 def _verdict(text: str) -> Verdict:
     verdicts: dict[str, Verdict] = {"real": "real", "uncertain": "uncertain", "fake": "fake"}
     return verdicts[text]
-
-
-def source_name(source: object, index: int) -> str:
-    """Path of a source that has one, otherwise what it is and its place among the sources."""
-    carried = getattr(source, "filename", None) or getattr(source, "name", None)
-    named = isinstance(source, (str, os.PathLike)) or isinstance(carried, (str, os.PathLike))
-    return describe_source(source) if named else f"#{index} ({describe_source(source)})"
-
-
-def require_many(sources: object) -> None:
-    """Nothing for a collection of pictures; a str or an array would else be taken apart character by row.
-
-    Raises:
-        UsageError: a single picture, or something that cannot be iterated.
-    """
-    if isinstance(sources, np.ndarray) and sources.ndim == 4:
-        return
-    single = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
-    if isinstance(sources, single) or hasattr(sources, "read") or not isinstance(sources, Iterable):
-        raise UsageError(
-            "sources",
-            got=f"one {type(sources).__name__}",
-            wanted="a list, or another iterable, of pictures",
-            remedy="put a single picture in a list: predict([picture])",
-        )
-
-
-def require_positive(name: str, value: object) -> None:
-    """Nothing for a whole number of at least 1.
-
-    Raises:
-        UsageError: anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        _refuse_number(name, value)
-
-
-def _refuse_number(name: str, value: object) -> NoReturn:
-    raise UsageError(
-        name, got=repr(value), wanted="a whole number of at least 1", remedy="leave it out for the default"
-    )

@@ -8,44 +8,38 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from runtime.arguments import require_duration, require_positive
 from runtime.batching import Admission, Answered, BatchObserver, DynamicBatcher, closed_error
 from runtime.decode import MAX_PIXELS, PictureSource, describe_source
-from runtime.detector import (
-    MAX_DECODE_THREADS,
-    Detection,
-    Detector,
-    DetectorInfo,
-    failed_detection,
-    require_many,
-    require_positive,
-    source_name,
-)
-from runtime.errors import ClosedError, PictureError, UsageError
+from runtime.detector import MAX_DECODE_THREADS, Detection, Detector, DetectorInfo, Prepared, failed_detection
+from runtime.errors import ClosedError, PictureError
 from runtime.manifest import ModelManifest
+from runtime.pipeline import BATCHES_AHEAD
+from runtime.sources import is_array, is_file, require_many, source_name
+from runtime.views import Views, require_views
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Picture:
     """A picture as it was handed in, with its name for people."""
 
     name: str
     source: PictureSource
+    views: Views
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class _ReadPicture:
     """A picture as the graph takes it, or why it cannot be read."""
 
     name: str
-    image: NDArray[np.uint8] | PictureError
+    prepared: Prepared
 
 
 class DetectorService:
@@ -113,7 +107,7 @@ class DetectorService:
         """
         require_positive("max_batch_size", max_batch_size)
         require_positive("max_queue", max_queue)
-        _require_duration("max_wait_ms", max_wait_ms, zero=True)
+        require_duration("max_wait_ms", max_wait_ms, zero=True)
         options = {
             "backend": backend,
             "precision": precision,
@@ -150,7 +144,9 @@ class DetectorService:
         """Whether `close` was called."""
         return self._closed
 
-    def submit(self, source: PictureSource, *, timeout_s: float | None = None) -> Future[Detection]:
+    def submit(
+        self, source: PictureSource, *, timeout_s: float | None = None, views: Views = "center"
+    ) -> Future[Detection]:
         """Future of the verdict on one picture; a picture that cannot be read gives a Detection with `error` set.
 
         `cancel` takes the picture out of the queue, until the engine works on it.
@@ -158,55 +154,60 @@ class DetectorService:
         Args:
             source: as for `Detector.predict`; an array is copied before this returns, as far as it is looked at.
             timeout_s: seconds from now, after which the future raises DeadlineError.
+            views: as for `Detector.predict`.
 
         Raises:
             QueueFullError: max_queue pictures wait already.
             ClosedError: the service is closed.
-            UsageError: timeout_s is no positive number.
+            UsageError: timeout_s is no positive number, or the views are unknown.
         """
         if timeout_s is not None:
-            _require_duration("timeout_s", timeout_s)
-        return self._submit(_Source(describe_source(source), source), timeout_s=timeout_s)
+            require_duration("timeout_s", timeout_s)
+        return self._submit(_Picture(describe_source(source), source, require_views(views)), timeout_s=timeout_s)
 
-    async def detect(self, source: PictureSource, *, timeout_s: float | None = None) -> Detection:
+    async def detect(
+        self, source: PictureSource, *, timeout_s: float | None = None, views: Views = "center"
+    ) -> Detection:
         """The same for asyncio; cancelling the task takes the picture out of the queue.
 
         Args:
             source: as for `submit`.
             timeout_s: as for `submit`.
+            views: as for `Detector.predict`.
 
         Raises:
             QueueFullError: max_queue pictures wait already.
             DeadlineError: timeout_s passed before the picture was scored.
             ClosedError: the service is closed, or was closed without draining it.
             BackendError: the back-end failed.
-            UsageError: timeout_s is no positive number.
+            UsageError: timeout_s is no positive number, or the views are unknown.
         """
-        return await asyncio.wrap_future(self.submit(source, timeout_s=timeout_s))
+        return await asyncio.wrap_future(self.submit(source, timeout_s=timeout_s, views=views))
 
-    def predict(self, sources: Iterable[PictureSource]) -> list[Detection]:
+    def predict(self, sources: Iterable[PictureSource], *, views: Views = "center") -> list[Detection]:
         """One Detection for each source, in order; it waits where the queue is full.
 
         Args:
             sources: as for `Detector.predict`.
+            views: as for `Detector.predict`.
 
         Raises:
-            UsageError: a single picture instead of a list.
+            UsageError: a single picture instead of a list, or unknown views.
             ClosedError: the service is closed.
             BackendError: the back-end failed.
         """
-        return list(self.stream(sources))
+        return list(self.stream(sources, views=views))
 
-    def stream(self, sources: Iterable[PictureSource]) -> Iterator[Detection]:
+    def stream(self, sources: Iterable[PictureSource], *, views: Views = "center") -> Iterator[Detection]:
         """The same as `predict`, but each Detection is handed out when it is there, and sources are taken as needed.
 
         Raises:
-            UsageError: a single picture instead of a list.
+            UsageError: a single picture instead of a list, or unknown views.
             ClosedError: the service is closed.
             BackendError: the back-end failed.
         """
         require_many(sources)
-        return self._stream(iter(sources))
+        return self._stream(sources, require_views(views))
 
     def swap(self, model: str | Path, **load_options: Any) -> None:
         """Changes to another bundle without losing a request.
@@ -268,7 +269,7 @@ class DetectorService:
             observer=self._observer,
         )
 
-    def _submit(self, picture: _Source, *, timeout_s: float | None = None, block: bool = False) -> Future[Detection]:
+    def _submit(self, picture: _Picture, *, timeout_s: float | None = None, block: bool = False) -> Future[Detection]:
         while True:
             lane = self._lane
             try:
@@ -278,13 +279,12 @@ class DetectorService:
                 if lane is self._lane:
                     raise
 
-    def _stream(self, sources: Iterator[PictureSource]) -> Iterator[Detection]:
-        # One batch at the engine, one that is collected and one that is handed out.
-        ahead = 3 * self._max_batch_size
+    def _stream(self, sources: Iterable[PictureSource], views: Views) -> Iterator[Detection]:
+        ahead = BATCHES_AHEAD * self._max_batch_size
         pending: deque[Future[Detection]] = deque()
         try:
             for index, source in enumerate(sources):
-                pending.append(self._submit(_Source(source_name(source, index), source), block=True))
+                pending.append(self._submit(_Picture(source_name(source, index), source, views), block=True))
                 while pending and (len(pending) >= ahead or pending[0].done()):
                     yield pending.popleft().result()
             while pending:
@@ -307,9 +307,10 @@ class _Lane:
         observer: BatchObserver | None,
     ) -> None:
         self.detector = detector
+        self._max_batch_size = max_batch_size
         # One image or stream that is submitted twice must not be decoded twice at the same time.
         self._one_at_a_time = threading.Lock()
-        self._batcher = DynamicBatcher[_Source | _Prepared, _Prepared, Detection](
+        self._batcher = DynamicBatcher[_Picture | _ReadPicture, _ReadPicture, Detection](
             self._prepare,
             self._score,
             admission=admission,
@@ -319,44 +320,26 @@ class _Lane:
             observer=observer,
         )
 
-    def submit(self, picture: _Source, *, timeout_s: float | None, block: bool) -> Future[Detection]:
-        item: _Source | _Prepared = picture
-        if isinstance(picture.source, np.ndarray):
-            item = _Prepared(picture.name, self._snapshot(picture.source))
+    def submit(self, picture: _Picture, *, timeout_s: float | None, block: bool) -> Future[Detection]:
+        # An array needs no decoding, and its owner may fill it anew as soon as this returns.
+        item = self._read(picture) if is_array(picture.source) else picture
         return self._batcher.submit(item, timeout_s=timeout_s, block=block)
 
     def close(self, *, drain: bool) -> None:
         self._batcher.close(drain=drain)
         self.detector.close()
 
-    def _snapshot(self, source: NDArray[np.uint8]) -> NDArray[np.uint8] | PictureError:
-        """What the graph takes of an array, in memory of its own: the caller may fill the array anew."""
-        prepared = self.detector.prepare(source)
-        return prepared if isinstance(prepared, PictureError) else prepared.copy()
+    def _prepare(self, picture: _Picture | _ReadPicture) -> _ReadPicture | Answered[Detection]:
+        read = picture if isinstance(picture, _ReadPicture) else self._read(picture)
+        if isinstance(read.prepared, PictureError):
+            return Answered(failed_detection(read.name, str(read.prepared)))
+        return read
 
-    def _prepare(self, picture: _Source | _Prepared) -> _Prepared | Answered[Detection]:
-        if isinstance(picture, _Source):
-            picture = _Prepared(picture.name, self._decode(picture.source))
-        if isinstance(picture.image, PictureError):
-            return Answered(failed_detection(picture.name, str(picture.image)))
-        return picture
+    def _read(self, picture: _Picture) -> _ReadPicture:
+        shared = not (is_file(picture.source) or is_array(picture.source))
+        with self._one_at_a_time if shared else nullcontext():
+            return _ReadPicture(picture.name, self.detector.prepare(picture.source, views=picture.views))
 
-    def _decode(self, source: PictureSource) -> NDArray[np.uint8] | PictureError:
-        if isinstance(source, (str, os.PathLike, bytes)):
-            return self.detector.prepare(source)
-        with self._one_at_a_time:
-            return self.detector.prepare(source)
-
-    def _score(self, batch: list[_Prepared]) -> list[Detection]:
-        return self.detector.score([picture.name for picture in batch], [picture.image for picture in batch])
-
-
-def _require_duration(name: str, value: object, *, zero: bool = False) -> None:
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not np.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[operator, call-overload]
-        raise UsageError(
-            name,
-            got=repr(value),
-            wanted=f"a finite number {'of at least' if zero else 'above'} 0",
-            remedy="leave it out for the default",
-        )
+    def _score(self, batch: list[_ReadPicture]) -> list[Detection]:
+        names, prepared = [read.name for read in batch], [read.prepared for read in batch]
+        return self.detector.score(names, prepared, batch_size=self._max_batch_size)

@@ -153,6 +153,7 @@ def test_model_may_be_a_zip(pictures, tiny_bundle, tmp_path, capsys):
         (["--precision", "int8"], "these ONNX precisions: fp32"),
         (["--batch-size", "0"], "batch_size: got 0"),
         (["--threads", "-1"], "threads: got -1"),
+        (["--views", "all"], "views: got 'all'"),
     ],
 )
 def test_option_that_cannot_be_met_gives_status_2(pictures, work, capsys, arguments, message):
@@ -198,6 +199,20 @@ def test_batch_size_does_not_change_the_output(pictures, work, capsys, batch_siz
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for got, want in zip(found, expected, strict=True):
         assert got["fake_probability"] == pytest.approx(want["fake_probability"], abs=1e-6)
+
+
+def test_views_are_those_that_were_named(pictures, work, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8)).save(pictures / "b.png")
+    scores = []
+    for views in ("center", "five", "grid"):
+        assert _predict("--json", "--views", views, pictures / "b.png") == 0
+        scores.append(json.loads(capsys.readouterr().out)["fake_probability"])
+    with runtime.Detector.load(work / "models" / "tiny", backend="onnxruntime", threads=1) as detector:
+        named = [
+            detector.predict([pictures / "b.png"], views=v)[0].fake_probability for v in ("center", "five", "grid")
+        ]
+    assert scores == named
+    assert len(set(scores)) == 3
 
 
 # as a process

@@ -121,20 +121,6 @@ def test_no_pictures_give_no_detections(detector):
     assert detector.predict([]) == []
 
 
-def test_generator_is_consumed_one_batch_at_a_time(detector):
-    taken = []
-
-    def pictures():
-        for index, rgb in enumerate(random_images(6)):
-            taken.append(index)
-            yield rgb
-
-    stream = detector.stream(pictures(), batch_size=2)
-    next(stream)
-    assert taken == [0, 1]
-    assert len(list(stream)) == 5
-
-
 @pytest.mark.parametrize(
     "single",
     ["a.jpg", Path("a.jpg"), b"bytes", random_images(1)[0], Image.new("RGB", (4, 4)), io.BytesIO(b"x"), 5, None],
