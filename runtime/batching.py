@@ -209,17 +209,28 @@ class DynamicBatcher(Generic[Item, Ready, Result]):
         Raises:
             UsageError: called from a callback of a future, in a thread of the batcher.
         """
-        if threading.current_thread() in self._threads:
-            raise UsageError(
-                "close",
-                got="a call from a callback of a future",
-                wanted="a call from a thread that does not work for the queue",
-                remedy="close it where it was opened",
-            )
+        self.require_other_thread("close")
         self._begin_close(drain=drain)
         for thread in self._threads:
             thread.join()
         atexit.unregister(self._close_at_exit)
+
+    def require_other_thread(self, action: str) -> None:
+        """Nothing in a thread of the caller's; an error in one of the batcher's, which must not wait for its own end.
+
+        Args:
+            action: what the caller is about to do.
+
+        Raises:
+            UsageError: called from a callback of a future.
+        """
+        if threading.current_thread() in self._threads:
+            raise UsageError(
+                action,
+                got="a call from a callback of a future",
+                wanted="a call from a thread that does not work for the queue",
+                remedy="make the callback tell another thread to do it",
+            )
 
     def _begin_close(self, *, drain: bool) -> None:
         with self._lock:

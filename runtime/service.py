@@ -68,6 +68,7 @@ class DetectorService:
         self._observer = observer
         self._admission = Admission(max_queue)
         self._changing = threading.Lock()
+        self._swapping = threading.Lock()
         self._closed = False
         self._lane = self._lane_of(detector)
 
@@ -223,18 +224,20 @@ class DetectorService:
         Raises:
             BundleError: as for `Detector.load`.
             BackendError: as for `Detector.load`.
-            UsageError: an option makes no sense.
+            UsageError: an option makes no sense, or it is called from the callback of a future.
             ClosedError: the service is closed.
         """
-        options = {**self._load_options, **load_options}
-        detector = Detector.load(model, **options)
-        detector.warm_up(1, self._max_batch_size)
-        with self._changing:
-            if self._closed:
-                detector.close()
-                raise closed_error()
-            old, self._lane, self._load_options = self._lane, self._lane_of(detector), options
-        old.close(drain=True)
+        self._lane.require_other_thread("swap")
+        with self._swapping:
+            options = {**self._load_options, **load_options}
+            lane = self._lane_of(self._warm_detector(model, options))
+            with self._changing:
+                closed = self._closed
+                if not closed:
+                    lane, self._lane, self._load_options = self._lane, lane, options
+            lane.close(drain=True)  # the one that was replaced, or the new one where the service is closed
+        if closed:
+            raise closed_error()
 
     def warm_up(self) -> None:
         """Runs a batch of one picture and one of max_batch_size, so that the first request need not wait for it."""
@@ -246,11 +249,17 @@ class DetectorService:
         Args:
             drain: score what waits first; otherwise its futures raise ClosedError. What the engine works on ends with
                 its result in both cases.
+
+        Raises:
+            UsageError: called from the callback of a future.
         """
+        self._lane.require_other_thread("close")
         with self._changing:
             self._closed = True
             self._admission.close()
-            self._lane.close(drain=drain)
+        self._lane.close(drain=drain)
+        with self._swapping:
+            pass  # a swap that is under way ends the bundle that it has replaced
 
     def __enter__(self) -> DetectorService:
         return self
@@ -259,6 +268,19 @@ class DetectorService:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        info, state = self.info, ", closed" if self._closed else ""
+        return f"<DetectorService {info.model}: {info.precision} on {info.backend}{state}>"
+
+    def _warm_detector(self, model: str | Path, load_options: dict[str, Any]) -> Detector:
+        detector = Detector.load(model, **load_options)
+        try:
+            detector.warm_up(1, self._max_batch_size)
+        except BaseException:
+            detector.close()
+            raise
+        return detector
 
     def _lane_of(self, detector: Detector) -> _Lane:
         return _Lane(
@@ -324,6 +346,9 @@ class _Lane:
         # An array needs no decoding, and its owner may fill it anew as soon as this returns.
         item = self._read(picture) if is_array(picture.source) else picture
         return self._batcher.submit(item, timeout_s=timeout_s, block=block)
+
+    def require_other_thread(self, action: str) -> None:
+        self._batcher.require_other_thread(action)
 
     def close(self, *, drain: bool) -> None:
         self._batcher.close(drain=drain)
