@@ -18,11 +18,10 @@ from PIL import Image
 from runtime.backends import Backend, Outputs, open_backend
 from runtime.backends.choice import Choice, choose
 from runtime.bundle import Bundle, open_bundle
-from runtime.decode import MAX_PIXELS, PictureSource, decode_picture, describe_source
+from runtime.decode import MAX_PIXELS, PictureSource, describe_source
 from runtime.errors import PictureError, UsageError
 from runtime.golden import require_golden
-from runtime.preprocess import prepare
-from runtime.views import Views, require_views, view_parts
+from runtime.views import Views, require_views, view_crops
 
 Verdict: TypeAlias = Literal["real", "uncertain", "fake"]
 
@@ -252,13 +251,10 @@ class Detector:
 
     def _crops(self, source: PictureSource, views: Views) -> list[NDArray[np.uint8]] | PictureError:
         """Model inputs of one source, at least one; `_detection` takes the outputs of all of them."""
-        spec = self.manifest.preprocess
         try:
-            rgb = decode_picture(source, max_pixels=self._max_pixels)
+            return view_crops(source, self.manifest.preprocess, views, max_pixels=self._max_pixels)
         except PictureError as error:
             return error
-        parts = view_parts(rgb.shape[0], rgb.shape[1], spec, views)
-        return [prepare(rgb[top : top + height, left : left + width], spec) for top, left, height, width in parts]
 
     def _detection(self, name: str, outputs: Outputs) -> Detection:
         """Detection of one source.
