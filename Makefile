@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 EXTENSION := $(VENV)/.extension
 # Versions that the tests passed with; CONSTRAINTS= installs the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
-EXTRAS := train,export,cpu,triton,dev
+EXTRAS := train,export,cpu,jpeg,triton,dev
 # TensorRT-RTX has wheels for this platform only; elsewhere the ONNX files are made without an engine.
 ifeq ($(shell uname -sm),Linux x86_64)
 EXTRAS := $(EXTRAS),rtx

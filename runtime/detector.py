@@ -19,13 +19,12 @@ from runtime.arguments import require_positive
 from runtime.backends import Backend, Outputs, open_backend
 from runtime.backends.choice import Choice, choose
 from runtime.bundle import Bundle, open_bundle
-from runtime.decode import MAX_PIXELS, PictureSource, decode_picture
+from runtime.decode import MAX_PIXELS, PictureSource
 from runtime.errors import PictureError, UsageError
 from runtime.golden import require_golden
 from runtime.pipeline import pipelined
-from runtime.preprocess import prepare
 from runtime.sources import is_array, is_file, require_many, source_name
-from runtime.views import Views, require_views, view_parts
+from runtime.views import Views, require_views, view_crops
 
 Verdict: TypeAlias = Literal["real", "uncertain", "fake"]
 
@@ -209,17 +208,12 @@ class Detector:
             source: as for `predict`.
             views: as for `predict`; there is at least one view, and the middle is the first.
         """
-        spec = self.manifest.preprocess
         try:
-            rgb = decode_picture(source, max_pixels=self._max_pixels)
+            crops = view_crops(source, self.manifest.preprocess, views, max_pixels=self._max_pixels)
         except PictureError as error:
             return error
-        parts = view_parts(rgb.shape[0], rgb.shape[1], spec, views)
-        crops = [prepare(rgb[top : top + height, left : left + width], spec) for top, left, height, width in parts]
-        if is_array(source):
-            # Whoever hands in an array may fill it anew while the crops wait for the back-end.
-            crops = [crop.copy() if np.may_share_memory(crop, rgb) else crop for crop in crops]
-        return crops
+        # Whoever hands in an array may fill it anew while the crops wait for the back-end.
+        return [crop.copy() for crop in crops] if is_array(source) else crops
 
     def score(self, names: Sequence[str], prepared: Sequence[Prepared], *, batch_size: int = 32) -> list[Detection]:
         """Detections of prepared pictures: the second half of `predict`.

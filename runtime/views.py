@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.decode import PictureSource, decode_part
 from runtime.errors import UsageError
-from runtime.preprocess import PreprocessSpec
+from runtime.preprocess import Part, PreprocessSpec, prepare
 
 Views: TypeAlias = Literal["center", "five", "grid"]
 VIEWS: tuple[Views, ...] = get_args(Views)
-
-
-class Part(NamedTuple):
-    """A rectangle of a picture that stands upright, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 def view_parts(height: int, width: int, spec: PreprocessSpec, views: Views) -> list[Part]:
@@ -38,6 +34,34 @@ def view_parts(height: int, width: int, spec: PreprocessSpec, views: Views) -> l
     places = {"center": middle, "five": middle + corners, "grid": grid}[views]
     size = (min(height, spec.height), min(width, spec.width))
     return [Part(row, column, *size) for row, column in dict.fromkeys(places)]
+
+
+def view_crops(
+    source: PictureSource, spec: PreprocessSpec, views: Views, *, max_pixels: int
+) -> list[NDArray[np.uint8]]:
+    """Model inputs (H, W, 3) uint8, one for each view of a picture, the middle one first.
+
+    Args:
+        source: as for `runtime.decode.decode_picture`.
+        spec: of the model.
+        views: as for `view_parts`.
+        max_pixels: largest picture that is accepted, height times width.
+
+    Raises:
+        PictureError: as for `runtime.decode.decode_picture`.
+    """
+    decoded = decode_part(
+        source, lambda height, width: bounding_part(view_parts(height, width, spec, views)), max_pixels=max_pixels
+    )
+    parts = view_parts(decoded.height, decoded.width, spec, views)
+    return [prepare(part.within(decoded.part).of(decoded.rgb), spec) for part in parts]
+
+
+def bounding_part(parts: Sequence[Part]) -> Part:
+    """The smallest part that holds all of these, one or more."""
+    top, left = min(part.top for part in parts), min(part.left for part in parts)
+    bottom, right = max(part.top + part.height for part in parts), max(part.left + part.width for part in parts)
+    return Part(top, left, bottom - top, right - left)
 
 
 def require_views(views: object) -> Views:

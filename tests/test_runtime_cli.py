@@ -228,11 +228,11 @@ def test_module_runs_as_a_program(pictures, work):
 
 def test_each_batch_is_printed_when_it_is_done(pictures, work):
     code = (
-        "import sys, runtime.detector as d\nreal = d.decode_picture\n"
-        "def decode(source, **options):\n"
+        "import sys, runtime.views as v\nreal = v.decode_part\n"
+        "def decode(source, *arguments, **options):\n"
         "    if 'late' in source: sys.stdin.readline()\n"
-        "    return real(source, **options)\n"
-        "d.decode_picture = decode\nfrom runtime.cli import main\n"
+        "    return real(source, *arguments, **options)\n"
+        "v.decode_part = decode\nfrom runtime.cli import main\n"
         f"sys.exit(main(['predict', '--backend', 'onnxruntime', '--batch-size', '4', {str(pictures)!r}, 'late.png']))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -14,6 +16,7 @@ from PIL import Image
 from runtime import Detector
 from runtime.errors import BackendError, BundleError, UsageError
 
+ROOT = Path(__file__).parents[1]
 BACKENDS = ("onnxruntime", "openvino")
 # Largest difference measured between a picture alone and in a batch of 33, over both back-ends: 6e-8.
 BATCH_TOLERANCE = 1e-6
@@ -275,6 +278,29 @@ def test_several_threads_may_predict_at_once(tiny_bundle, backend):
     assert len(results) == 4
     for result in results.values():
         np.testing.assert_allclose(result, expected, atol=BATCH_TOLERANCE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_process_lives_on_while_detectors_and_threads_come_and_go(tiny_bundle, backend):
+    code = (
+        "import sys, threading\n"
+        "import numpy as np\n"
+        "from runtime import Detector\n"
+        "images = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)\n"
+        "for _ in range(60):\n"
+        "    with Detector.load(sys.argv[1], backend=sys.argv[2]) as detector:\n"
+        "        detector.predict(images)\n"
+        "        threads = [threading.Thread(target=detector.predict, args=(images,), kwargs={'batch_size': 5})"
+        " for _ in range(4)]\n"
+        "        for thread in threads: thread.start()\n"
+        "        for thread in threads: thread.join()\n"
+        "print('fine')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tiny_bundle, backend], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr[-2000:]
 
 
 def test_one_pillow_image_given_many_times_is_scored_each_time(detector, tmp_path):

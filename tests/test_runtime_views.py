@@ -8,8 +8,8 @@ from bundle_fixtures import CALIBRATION, SIZE, numpy_outputs
 
 from runtime import Detector
 from runtime.errors import UsageError
-from runtime.preprocess import PreprocessSpec, prepare
-from runtime.views import VIEWS, Part, view_parts
+from runtime.preprocess import Part, PreprocessSpec, prepare
+from runtime.views import VIEWS, view_parts
 
 SPEC = PreprocessSpec(height=6, width=8)
 COUNT = {"center": 1, "five": 5, "grid": 9}
@@ -53,7 +53,7 @@ def test_picture_no_larger_than_a_view_has_one_view_and_a_long_one_three():
 def test_logits_and_similarities_are_averaged_before_the_calibration(detector, views, size):
     rgb = _noise(*size)
     spec = PreprocessSpec(height=SIZE, width=SIZE)
-    crops = [prepare(rgb[t : t + h, c : c + w], spec) for t, c, h, w in view_parts(*size, spec, views)]
+    crops = [prepare(part.of(rgb), spec) for part in view_parts(*size, spec, views)]
     outputs = numpy_outputs(np.stack(crops))
     logit = outputs["logits"].mean()
     found = detector.predict([rgb], views=views, batch_size=4)[0]
@@ -79,5 +79,5 @@ def test_views_of_one_picture_do_not_reach_the_next_whatever_the_batch(detector,
 
 @pytest.mark.parametrize("views", ["centre", "", None, 5, ["five"]])
 def test_views_that_there_are_not_are_refused_before_a_picture_is_read(detector, views):
-    with pytest.raises(UsageError, match="views: got .*, wanted one of center, five, grid"):
+    with pytest.raises(UsageError, match=r"views: got .*, wanted one of center, five, grid"):
         detector.stream(iter([b"never read"]), views=views)
