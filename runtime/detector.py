@@ -18,10 +18,12 @@ from PIL import Image
 from runtime.backends import Backend, Outputs, open_backend
 from runtime.backends.choice import Choice, choose
 from runtime.bundle import Bundle, open_bundle
+from runtime.changes import CHANGES, UNCHANGED, Looks, picture_crops
 from runtime.decode import MAX_PIXELS, PictureSource, describe_source
 from runtime.errors import PictureError, UsageError
 from runtime.golden import require_golden
-from runtime.views import Views, require_views, view_crops
+from runtime.stability import Stability, stability_of
+from runtime.views import Views, require_views
 
 Verdict: TypeAlias = Literal["real", "uncertain", "fake"]
 
@@ -42,6 +44,7 @@ class Detection:
         trace_similarity: cosine with the mean natural trace, -1 to 1; natural pictures are near it.
         evidence: (h, w) float32 calibrated logit of each cell of the crop that was looked at; above 0 is fake.
         error: why there is no verdict, in one sentence.
+        stability: how far the score moves when the picture is changed; None where that was not asked for.
     """
 
     source: str
@@ -50,6 +53,7 @@ class Detection:
     trace_similarity: float | None
     evidence: NDArray[np.float32] | None
     error: str | None
+    stability: Stability | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary with the same field names, ready for `json.dumps`; evidence as rows of numbers."""
@@ -62,6 +66,7 @@ class Detection:
             "trace_similarity": self.trace_similarity,
             "evidence": rows,
             "error": self.error,
+            "stability": None if self.stability is None else self.stability.to_json(),
         }
 
 
@@ -159,25 +164,37 @@ class Detector:
         return cls(bundle, opened, choice, max_pixels=max_pixels)
 
     def predict(
-        self, sources: Iterable[PictureSource], *, batch_size: int = 32, views: Views = "center"
+        self,
+        sources: Iterable[PictureSource],
+        *,
+        batch_size: int = 32,
+        views: Views = "center",
+        stability: bool = False,
     ) -> list[Detection]:
         """One Detection for each source, in order; a picture that cannot be read gets one with `error` set.
 
         Args:
             sources: paths, bytes of files, binary file objects, Pillow images and uint8 (H, W, 3) RGB arrays, in
                 any mixture. A single picture goes in a list: `predict([picture])`.
-            batch_size: pictures read at once, and crops scored at once; it bounds memory and does not change a score.
-            views: parts of a picture that are looked at, "center", "five" or "grid" as `runtime.views.view_parts`
+            batch_size: crops scored at once; it bounds memory and does not change a score.
+            views: parts of a picture that are looked at, "center", "five" or "grid" as `runtime.views.view_anchors`
                 has them. Their logits and similarities are averaged before the calibration, whose thresholds were
                 fitted on the middle alone; `evidence` is that of the middle.
+            stability: score each picture re-encoded and rescaled as well (`runtime.changes.CHANGES`). A verdict that
+                is another one on a changed picture becomes "uncertain"; the other numbers are the unchanged picture's.
 
         Raises:
             UsageError: a single picture instead of a list, a bad batch_size, unknown views, or the detector is closed.
         """
-        return list(self.stream(sources, batch_size=batch_size, views=views))
+        return list(self.stream(sources, batch_size=batch_size, views=views, stability=stability))
 
     def stream(
-        self, sources: Iterable[PictureSource], *, batch_size: int = 32, views: Views = "center"
+        self,
+        sources: Iterable[PictureSource],
+        *,
+        batch_size: int = 32,
+        views: Views = "center",
+        stability: bool = False,
     ) -> Iterator[Detection]:
         """The same as `predict`, but each batch is handed out when it is done, and sources are taken as needed.
 
@@ -187,7 +204,8 @@ class Detector:
         _require_positive("batch_size", batch_size)
         _require_many(sources)
         self._opened()
-        return self._stream(iter(sources), batch_size, require_views(views))
+        looks = Looks(require_views(views), CHANGES if stability else UNCHANGED)
+        return self._stream(iter(sources), batch_size, looks)
 
     def close(self) -> None:
         """Releases the back-end and the decoding threads; may be called twice."""
@@ -213,19 +231,19 @@ class Detector:
             raise UsageError("detector", got="a closed one", wanted="an open one", remedy="load it again")
         return self._backend
 
-    def _stream(self, sources: Iterator[PictureSource], batch_size: int, views: Views) -> Iterator[Detection]:
+    def _stream(self, sources: Iterator[PictureSource], batch_size: int, looks: Looks) -> Iterator[Detection]:
         first = 0
-        while batch := list(islice(sources, batch_size)):
+        while batch := list(islice(sources, max(1, batch_size // looks.most_crops))):
             names = [_source_name(source, first + index) for index, source in enumerate(batch)]
-            yield from self._detect(names, batch, batch_size, views)
+            yield from self._detect(names, batch, batch_size, looks)
             first += len(batch)
 
     def _detect(
-        self, names: list[str], batch: list[PictureSource], batch_size: int, views: Views
+        self, names: list[str], batch: list[PictureSource], batch_size: int, looks: Looks
     ) -> Iterator[Detection]:
         """Detections of one batch; only the pictures that could be read go to the back-end."""
         backend = self._opened()
-        prepared = self._prepare_batch(batch, views)
+        prepared = self._prepare_batch(batch, looks)
         crops = [crop for found in prepared if not isinstance(found, PictureError) for crop in found]
         outputs = _inferred(backend, crops, batch_size) if crops else None
         first = 0
@@ -235,39 +253,41 @@ class Detector:
             else:
                 rows = slice(first, first + len(found))
                 first = rows.stop
-                yield self._detection(name, Outputs(*(array[rows] for array in outputs)))
+                yield self._detection(name, Outputs(*(array[rows] for array in outputs)), looks)
 
-    def _prepare_batch(self, batch: list[PictureSource], views: Views) -> list[list[NDArray[np.uint8]] | PictureError]:
+    def _prepare_batch(self, batch: list[PictureSource], looks: Looks) -> list[list[NDArray[np.uint8]] | PictureError]:
         # Files and bytes are independent of each other; an image or a stream given twice is not.
         futures = {
-            index: self._pool.submit(self._crops, source, views)
+            index: self._pool.submit(self._crops, source, looks)
             for index, source in enumerate(batch)
             if isinstance(source, (str, os.PathLike, bytes))
         }
         return [
-            futures[index].result() if index in futures else self._crops(source, views)
+            futures[index].result() if index in futures else self._crops(source, looks)
             for index, source in enumerate(batch)
         ]
 
-    def _crops(self, source: PictureSource, views: Views) -> list[NDArray[np.uint8]] | PictureError:
+    def _crops(self, source: PictureSource, looks: Looks) -> list[NDArray[np.uint8]] | PictureError:
         """Model inputs of one source, at least one; `_detection` takes the outputs of all of them."""
         try:
-            return view_crops(source, self.manifest.preprocess, views, max_pixels=self._max_pixels)
+            return picture_crops(source, self.manifest.preprocess, looks, max_pixels=self._max_pixels)
         except PictureError as error:
             return error
 
-    def _detection(self, name: str, outputs: Outputs) -> Detection:
+    def _detection(self, name: str, outputs: Outputs, looks: Looks) -> Detection:
         """Detection of one source.
 
         Args:
             name: of the source.
             outputs: of its crops alone, in the order of `_crops`.
+            looks: as `_crops` was told.
         """
-        # In float64: the mean of one value is that value.
-        logit = float(outputs.logits.astype(np.float64).mean())
-        similarity = float(outputs.trace_similarity.astype(np.float64).mean())
+        changes = len(looks.changes)
+        # Over the views of each change, in float64: the mean of one value is that value.
+        logits = outputs.logits.astype(np.float64).reshape(changes, -1).mean(axis=1)
+        similarities = outputs.trace_similarity.astype(np.float64).reshape(changes, -1).mean(axis=1)
         evidence = self._calibration.calibrated(outputs.evidence[0]).astype(np.float32)
-        if not (np.isfinite(logit) and np.isfinite(similarity) and np.isfinite(evidence).all()):
+        if not all(np.isfinite(values).all() for values in (logits, similarities, evidence)):
             error = PictureError(
                 name,
                 got="a score that is not a finite number",
@@ -275,13 +295,16 @@ class Detector:
                 remedy=f"choose another precision than {self.info.precision}, and report the picture",
             )
             return _failed(name, str(error))
+        probabilities, verdicts = self._calibration.fake_probability(logits), self._calibration.verdicts(logits)
+        found = stability_of(looks.changes, probabilities, verdicts) if changes > 1 else None
         return Detection(
             source=name,
-            fake_probability=float(self._calibration.fake_probability(logit)),
-            verdict=_verdict(str(self._calibration.verdicts(logit))),
-            trace_similarity=similarity,
+            fake_probability=float(probabilities[0]),
+            verdict=_verdict("uncertain" if found is not None and found.flips else str(verdicts[0])),
+            trace_similarity=float(similarities[0]),
             evidence=evidence,
             error=None,
+            stability=found,
         )
 
 
