@@ -269,8 +269,9 @@ class DynamicBatcher(Generic[Item, Ready, Result]):
     def _next_item(self) -> tuple[_Request[Item, Ready, Result], Item] | None:
         """The oldest item that came in, waited for; None when there will be no more."""
         with self._lock:
-            while not self._incoming:
-                if self._closed:
+            # What is ready may be larger than the item; two batches keep the engine busy.
+            while not self._incoming or len(self._ready) >= 2 * self._max_batch_size:
+                if self._closed and not self._incoming:
                     return None
                 self._item_arrived.wait()
             request, _ = self._incoming.popitem(last=False)
@@ -296,6 +297,7 @@ class DynamicBatcher(Generic[Item, Ready, Result]):
                 if self._closed and not (self._incoming or self._preparing or self._ready):
                     return None
                 self._ready_changed.wait(self._collecting_s())
+            self._item_arrived.notify_all()
             oldest = [self._ready.popitem(last=False)[0] for _ in range(min(len(self._ready), self._max_batch_size))]
             return [claimed for request in oldest if (claimed := self._claim(request)) is not None]
 
@@ -390,6 +392,7 @@ class DynamicBatcher(Generic[Item, Ready, Result]):
             self._timed.discard(request)
             self._leave(request)
             request.item = request.ready = None
+            self._item_arrived.notify_all()  # there may be room for what is ready
             if self._closed:
                 self._notify_all()
             return True

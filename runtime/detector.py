@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +20,16 @@ from runtime.arguments import require_positive
 from runtime.backends import Backend, Outputs, open_backend
 from runtime.backends.choice import Choice, choose
 from runtime.bundle import Bundle, open_bundle
+from runtime.changes import CHANGES, UNCHANGED, Looks, picture_crops
 from runtime.decode import MAX_PIXELS, PictureSource
 from runtime.errors import PictureError, UsageError
 from runtime.golden import require_golden
 from runtime.pipeline import pipelined
 from runtime.sources import is_array, is_file, require_many, source_name
-from runtime.views import Views, require_views, view_crops
+from runtime.stability import Stability, stability_of
+from runtime.views import Views, require_views
 
 Verdict: TypeAlias = Literal["real", "uncertain", "fake"]
-
-# What the graph takes of a picture: one crop (H, W, 3) uint8 or more, or why it cannot be read.
-Prepared: TypeAlias = "list[NDArray[np.uint8]] | PictureError"
 
 # Each decoding thread may hold one picture of max_pixels in memory, so there are few.
 MAX_DECODE_THREADS = 4
@@ -48,6 +48,7 @@ class Detection:
         trace_similarity: cosine with the mean natural trace, -1 to 1; natural pictures are near it.
         evidence: (h, w) float32 calibrated logit of each cell of the crop that was looked at; above 0 is fake.
         error: why there is no verdict, in one sentence.
+        stability: how far the score moves when the picture is changed; None where that was not asked for.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Detection:
     trace_similarity: float | None
     evidence: NDArray[np.float32] | None
     error: str | None
+    stability: Stability | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary with the same field names, ready for `json.dumps`; evidence as rows of numbers."""
@@ -68,7 +70,20 @@ class Detection:
             "trace_similarity": self.trace_similarity,
             "evidence": rows,
             "error": self.error,
+            "stability": None if self.stability is None else self.stability.to_json(),
         }
+
+
+class PreparedPicture(NamedTuple):
+    """A picture as the graph takes it.
+
+    name is for people; crops are (H, W, 3) uint8, in the order of `runtime.changes.picture_crops`, or the error that
+    says why there are none.
+    """
+
+    name: str
+    looks: Looks
+    crops: list[NDArray[np.uint8]] | PictureError
 
 
 @dataclass(frozen=True)
@@ -167,25 +182,37 @@ class Detector:
         return cls(bundle, opened, choice, max_pixels=max_pixels)
 
     def predict(
-        self, sources: Iterable[PictureSource], *, batch_size: int = 32, views: Views = "center"
+        self,
+        sources: Iterable[PictureSource],
+        *,
+        batch_size: int = 32,
+        views: Views = "center",
+        stability: bool = False,
     ) -> list[Detection]:
         """One Detection for each source, in order; a picture that cannot be read gets one with `error` set.
 
         Args:
             sources: paths, bytes of files, binary file objects, Pillow images and uint8 (H, W, 3) RGB arrays, of NumPy
                 or with DLPack, in any mixture. A single picture goes in a list: `predict([picture])`.
-            batch_size: pictures read at once, and crops scored at once; it bounds memory and does not change a score.
-            views: parts of a picture that are looked at, "center", "five" or "grid" as `runtime.views.view_parts`
+            batch_size: crops scored at once; it bounds memory and does not change a score.
+            views: parts of a picture that are looked at, "center", "five" or "grid" as `runtime.views.view_anchors`
                 has them. Their logits and similarities are averaged before the calibration, whose thresholds were
                 fitted on the middle alone; `evidence` is that of the middle.
+            stability: score each picture re-encoded and rescaled as well (`runtime.changes.CHANGES`). A verdict that
+                is another one on a changed picture becomes "uncertain"; the other numbers are the unchanged picture's.
 
         Raises:
             UsageError: a single picture instead of a list, a bad batch_size, unknown views, or the detector is closed.
         """
-        return list(self.stream(sources, batch_size=batch_size, views=views))
+        return list(self.stream(sources, batch_size=batch_size, views=views, stability=stability))
 
     def stream(
-        self, sources: Iterable[PictureSource], *, batch_size: int = 32, views: Views = "center"
+        self,
+        sources: Iterable[PictureSource],
+        *,
+        batch_size: int = 32,
+        views: Views = "center",
+        stability: bool = False,
     ) -> Iterator[Detection]:
         """The same as `predict`, but each batch is handed out when it is done, and sources are taken as needed.
 
@@ -199,45 +226,45 @@ class Detector:
         require_positive("batch_size", batch_size)
         require_many(sources)
         self._opened()
-        return self._stream(sources, batch_size, require_views(views))
+        return self._stream(sources, batch_size, looks_of(views, stability))
 
-    def prepare(self, source: PictureSource, *, views: Views = "center") -> Prepared:
-        """Model inputs of one picture, or why it cannot be read: the first half of `predict`.
+    def prepare(self, source: PictureSource, *, name: str, looks: Looks) -> PreparedPicture:
+        """A picture as the graph takes it: the first half of `predict`.
 
         Args:
             source: as for `predict`.
-            views: as for `predict`; there is at least one view, and the middle is the first.
+            name: of the picture, for people.
+            looks: how it is looked at, from `looks_of`.
         """
         try:
-            crops = view_crops(source, self.manifest.preprocess, views, max_pixels=self._max_pixels)
+            crops = picture_crops(source, self.manifest.preprocess, looks, max_pixels=self._max_pixels)
         except PictureError as error:
-            return error
+            return PreparedPicture(name, looks, error)
         # Whoever hands in an array may fill it anew while the crops wait for the back-end.
-        return [crop.copy() for crop in crops] if is_array(source) else crops
+        return PreparedPicture(name, looks, [crop.copy() for crop in crops] if is_array(source) else crops)
 
-    def score(self, names: Sequence[str], prepared: Sequence[Prepared], *, batch_size: int = 32) -> list[Detection]:
+    def score(self, pictures: Sequence[PreparedPicture], *, batch_size: int = 32) -> list[Detection]:
         """Detections of prepared pictures: the second half of `predict`.
 
         Args:
-            names: of the pictures, for people.
-            prepared: what `prepare` returned for each of them; only crops go to the back-end.
+            pictures: from `prepare`; only those that could be read go to the back-end.
             batch_size: crops scored at once; it does not change a score.
 
         Raises:
             UsageError: the detector is closed.
             BackendError: the back-end failed.
         """
-        crops = [crop for found in prepared if not isinstance(found, PictureError) for crop in found]
+        crops = [crop for picture in pictures if not isinstance(picture.crops, PictureError) for crop in picture.crops]
         with self._using_backend() as backend:
             outputs = _inferred(backend, crops, batch_size) if crops else None
         first, detections = 0, []
-        for name, found in zip(names, prepared, strict=True):
+        for name, looks, found in pictures:
             if isinstance(found, PictureError) or outputs is None:
                 detections.append(failed_detection(name, str(found)))
             else:
                 rows = slice(first, first + len(found))
                 first = rows.stop
-                detections.append(self._detection(name, Outputs(*(array[rows] for array in outputs))))
+                detections.append(self._detection(name, Outputs(*(array[rows] for array in outputs)), looks))
         return detections
 
     def warm_up(self, *batch_sizes: int) -> None:
@@ -296,44 +323,47 @@ class Detector:
                 self._users -= 1
                 self._idle.notify_all()
 
-    def _stream(self, sources: Iterable[PictureSource], batch_size: int, views: Views) -> Iterator[Detection]:
-        def begin(numbered: tuple[int, PictureSource]) -> tuple[str, Prepared | Future[Prepared]]:
-            index, source = numbered
-            return source_name(source, index), self._begin_preparing(source, views)
+    def _stream(self, sources: Iterable[PictureSource], batch_size: int, looks: Looks) -> Iterator[Detection]:
+        def score(begun: list[PreparedPicture | Future[PreparedPicture]]) -> list[Detection]:
+            return self.score([self._prepared(picture) for picture in begun], batch_size=batch_size)
 
-        def score(begun: list[tuple[str, Prepared | Future[Prepared]]]) -> list[Detection]:
-            prepared = [self._prepared(found) for _, found in begun]
-            return self.score([name for name, _ in begun], prepared, batch_size=batch_size)
-
-        for detection in pipelined(enumerate(sources), begin, score, batch_size=batch_size):
+        pictures = max(1, batch_size // looks.most_crops)
+        begin = partial(self._begin_preparing, looks)
+        for detection in pipelined(enumerate(sources), begin, score, batch_size=pictures):
             self._opened()
             yield detection
 
-    def _begin_preparing(self, source: PictureSource, views: Views) -> Prepared | Future[Prepared]:
+    def _begin_preparing(
+        self, looks: Looks, numbered: tuple[int, PictureSource]
+    ) -> PreparedPicture | Future[PreparedPicture]:
+        index, source = numbered
+        name = source_name(source, index)
         self._opened()
         if is_file(source):
-            return self._pool.submit(self.prepare, source, views=views)
-        return self.prepare(source, views=views)
+            return self._pool.submit(self.prepare, source, name=name, looks=looks)
+        return self.prepare(source, name=name, looks=looks)
 
-    def _prepared(self, begun: Prepared | Future[Prepared]) -> Prepared:
+    def _prepared(self, begun: PreparedPicture | Future[PreparedPicture]) -> PreparedPicture:
         try:
             return begun.result() if isinstance(begun, Future) else begun
         except CancelledError:
             self._opened()  # `close` gave up what was not yet begun
             raise
 
-    def _detection(self, name: str, outputs: Outputs) -> Detection:
+    def _detection(self, name: str, outputs: Outputs, looks: Looks) -> Detection:
         """Detection of one source.
 
         Args:
             name: of the source.
             outputs: of its crops alone, in the order of `prepare`.
+            looks: as `prepare` was told.
         """
-        # In float64: the mean of one value is that value.
-        logit = float(outputs.logits.astype(np.float64).mean())
-        similarity = float(outputs.trace_similarity.astype(np.float64).mean())
+        changes = len(looks.changes)
+        # Over the views of each change, in float64: the mean of one value is that value.
+        logits = outputs.logits.astype(np.float64).reshape(changes, -1).mean(axis=1)
+        similarities = outputs.trace_similarity.astype(np.float64).reshape(changes, -1).mean(axis=1)
         evidence = self._calibration.calibrated(outputs.evidence[0]).astype(np.float32)
-        if not (np.isfinite(logit) and np.isfinite(similarity) and np.isfinite(evidence).all()):
+        if not all(np.isfinite(values).all() for values in (logits, similarities, evidence)):
             error = PictureError(
                 name,
                 got="a score that is not a finite number",
@@ -341,14 +371,26 @@ class Detector:
                 remedy=f"choose another precision than {self.info.precision}, and report the picture",
             )
             return failed_detection(name, str(error))
+        probabilities, verdicts = self._calibration.fake_probability(logits), self._calibration.verdicts(logits)
+        found = stability_of(looks.changes, probabilities, verdicts) if changes > 1 else None
         return Detection(
             source=name,
-            fake_probability=float(self._calibration.fake_probability(logit)),
-            verdict=_verdict(str(self._calibration.verdicts(logit))),
-            trace_similarity=similarity,
+            fake_probability=float(probabilities[0]),
+            verdict=_verdict("uncertain" if found is not None and found.flips else str(verdicts[0])),
+            trace_similarity=float(similarities[0]),
             evidence=evidence,
             error=None,
+            stability=found,
         )
+
+
+def looks_of(views: Views, stability: bool) -> Looks:
+    """How pictures are looked at, by the arguments of `Detector.predict`.
+
+    Raises:
+        UsageError: unknown views.
+    """
+    return Looks(require_views(views), CHANGES if stability else UNCHANGED)
 
 
 def _inferred(backend: Backend, crops: list[NDArray[np.uint8]], batch_size: int) -> Outputs:

@@ -16,30 +16,31 @@ from typing import Any
 
 from runtime.arguments import require_duration, require_positive
 from runtime.batching import Admission, Answered, BatchObserver, DynamicBatcher, closed_error
+from runtime.changes import Looks
 from runtime.decode import MAX_PIXELS, PictureSource, describe_source
-from runtime.detector import MAX_DECODE_THREADS, Detection, Detector, DetectorInfo, Prepared, failed_detection
+from runtime.detector import (
+    MAX_DECODE_THREADS,
+    Detection,
+    Detector,
+    DetectorInfo,
+    PreparedPicture,
+    failed_detection,
+    looks_of,
+)
 from runtime.errors import ClosedError, PictureError
 from runtime.manifest import ModelManifest
 from runtime.pipeline import BATCHES_AHEAD
 from runtime.sources import is_array, is_file, require_many, source_name
-from runtime.views import Views, require_views
+from runtime.views import Views
 
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture as it was handed in, with its name for people."""
+    """A picture as it was handed in, with its name for people and how it is looked at."""
 
     name: str
     source: PictureSource
-    views: Views
-
-
-@dataclass(frozen=True)
-class _ReadPicture:
-    """A picture as the graph takes it, or why it cannot be read."""
-
-    name: str
-    prepared: Prepared
+    looks: Looks
 
 
 class DetectorService:
@@ -146,7 +147,12 @@ class DetectorService:
         return self._closed
 
     def submit(
-        self, source: PictureSource, *, timeout_s: float | None = None, views: Views = "center"
+        self,
+        source: PictureSource,
+        *,
+        timeout_s: float | None = None,
+        views: Views = "center",
+        stability: bool = False,
     ) -> Future[Detection]:
         """Future of the verdict on one picture; a picture that cannot be read gives a Detection with `error` set.
 
@@ -156,6 +162,7 @@ class DetectorService:
             source: as for `Detector.predict`; an array is copied before this returns, as far as it is looked at.
             timeout_s: seconds from now, after which the future raises DeadlineError.
             views: as for `Detector.predict`.
+            stability: as for `Detector.predict`.
 
         Raises:
             QueueFullError: max_queue pictures wait already.
@@ -164,10 +171,15 @@ class DetectorService:
         """
         if timeout_s is not None:
             require_duration("timeout_s", timeout_s)
-        return self._submit(_Picture(describe_source(source), source, require_views(views)), timeout_s=timeout_s)
+        return self._submit(_Picture(describe_source(source), source, looks_of(views, stability)), timeout_s=timeout_s)
 
     async def detect(
-        self, source: PictureSource, *, timeout_s: float | None = None, views: Views = "center"
+        self,
+        source: PictureSource,
+        *,
+        timeout_s: float | None = None,
+        views: Views = "center",
+        stability: bool = False,
     ) -> Detection:
         """The same for asyncio; cancelling the task takes the picture out of the queue.
 
@@ -175,6 +187,7 @@ class DetectorService:
             source: as for `submit`.
             timeout_s: as for `submit`.
             views: as for `Detector.predict`.
+            stability: as for `Detector.predict`.
 
         Raises:
             QueueFullError: max_queue pictures wait already.
@@ -183,23 +196,28 @@ class DetectorService:
             BackendError: the back-end failed.
             UsageError: timeout_s is no positive number, or the views are unknown.
         """
-        return await asyncio.wrap_future(self.submit(source, timeout_s=timeout_s, views=views))
+        return await asyncio.wrap_future(self.submit(source, timeout_s=timeout_s, views=views, stability=stability))
 
-    def predict(self, sources: Iterable[PictureSource], *, views: Views = "center") -> list[Detection]:
+    def predict(
+        self, sources: Iterable[PictureSource], *, views: Views = "center", stability: bool = False
+    ) -> list[Detection]:
         """One Detection for each source, in order; it waits where the queue is full.
 
         Args:
             sources: as for `Detector.predict`.
             views: as for `Detector.predict`.
+            stability: as for `Detector.predict`.
 
         Raises:
             UsageError: a single picture instead of a list, or unknown views.
             ClosedError: the service is closed.
             BackendError: the back-end failed.
         """
-        return list(self.stream(sources, views=views))
+        return list(self.stream(sources, views=views, stability=stability))
 
-    def stream(self, sources: Iterable[PictureSource], *, views: Views = "center") -> Iterator[Detection]:
+    def stream(
+        self, sources: Iterable[PictureSource], *, views: Views = "center", stability: bool = False
+    ) -> Iterator[Detection]:
         """The same as `predict`, but each Detection is handed out when it is there, and sources are taken as needed.
 
         Raises:
@@ -208,7 +226,7 @@ class DetectorService:
             BackendError: the back-end failed.
         """
         require_many(sources)
-        return self._stream(sources, require_views(views))
+        return self._stream(sources, looks_of(views, stability))
 
     def swap(self, model: str | Path, **load_options: Any) -> None:
         """Changes to another bundle without losing a request.
@@ -301,12 +319,12 @@ class DetectorService:
                 if lane is self._lane:
                     raise
 
-    def _stream(self, sources: Iterable[PictureSource], views: Views) -> Iterator[Detection]:
+    def _stream(self, sources: Iterable[PictureSource], looks: Looks) -> Iterator[Detection]:
         ahead = BATCHES_AHEAD * self._max_batch_size
         pending: deque[Future[Detection]] = deque()
         try:
             for index, source in enumerate(sources):
-                pending.append(self._submit(_Picture(source_name(source, index), source, views), block=True))
+                pending.append(self._submit(_Picture(source_name(source, index), source, looks), block=True))
                 while pending and (len(pending) >= ahead or pending[0].done()):
                     yield pending.popleft().result()
             while pending:
@@ -332,7 +350,7 @@ class _Lane:
         self._max_batch_size = max_batch_size
         # One image or stream that is submitted twice must not be decoded twice at the same time.
         self._one_at_a_time = threading.Lock()
-        self._batcher = DynamicBatcher[_Picture | _ReadPicture, _ReadPicture, Detection](
+        self._batcher = DynamicBatcher[_Picture | PreparedPicture, PreparedPicture, Detection](
             self._prepare,
             self._score,
             admission=admission,
@@ -354,17 +372,16 @@ class _Lane:
         self._batcher.close(drain=drain)
         self.detector.close()
 
-    def _prepare(self, picture: _Picture | _ReadPicture) -> _ReadPicture | Answered[Detection]:
-        read = picture if isinstance(picture, _ReadPicture) else self._read(picture)
-        if isinstance(read.prepared, PictureError):
-            return Answered(failed_detection(read.name, str(read.prepared)))
+    def _prepare(self, picture: _Picture | PreparedPicture) -> PreparedPicture | Answered[Detection]:
+        read = picture if isinstance(picture, PreparedPicture) else self._read(picture)
+        if isinstance(read.crops, PictureError):
+            return Answered(failed_detection(read.name, str(read.crops)))
         return read
 
-    def _read(self, picture: _Picture) -> _ReadPicture:
+    def _read(self, picture: _Picture) -> PreparedPicture:
         shared = not (is_file(picture.source) or is_array(picture.source))
         with self._one_at_a_time if shared else nullcontext():
-            return _ReadPicture(picture.name, self.detector.prepare(picture.source, views=picture.views))
+            return self.detector.prepare(picture.source, name=picture.name, looks=picture.looks)
 
-    def _score(self, batch: list[_ReadPicture]) -> list[Detection]:
-        names, prepared = [read.name for read in batch], [read.prepared for read in batch]
-        return self.detector.score(names, prepared, batch_size=self._max_batch_size)
+    def _score(self, pictures: list[PreparedPicture]) -> list[Detection]:
+        return self.detector.score(pictures, batch_size=self._max_batch_size)

@@ -3,58 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from itertools import product
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
-import numpy as np
-from numpy.typing import NDArray
-
-from runtime.decode import PictureSource, decode_part
 from runtime.errors import UsageError
-from runtime.preprocess import Part, PreprocessSpec, prepare
+from runtime.preprocess import Part, PreprocessSpec
 
 Views: TypeAlias = Literal["center", "five", "grid"]
 VIEWS: tuple[Views, ...] = get_args(Views)
 
+_Place: TypeAlias = Literal["middle", "start", "end"]
+_PLACES: tuple[_Place, ...] = get_args(_Place)
 
-def view_parts(height: int, width: int, spec: PreprocessSpec, views: Views) -> list[Part]:
-    """The parts that are looked at, the middle one first, each once.
+
+class Anchor(NamedTuple):
+    """Where a view lies, whatever the size of the picture: its place along the rows and along the columns."""
+
+    row: _Place
+    column: _Place
+
+
+_MIDDLE = Anchor("middle", "middle")
+_GRID = tuple(Anchor(row, column) for row, column in product(_PLACES, _PLACES))
+_CORNERS = tuple(anchor for anchor in _GRID if "middle" not in anchor)
+_ANCHORS: dict[Views, tuple[Anchor, ...]] = {"center": (_MIDDLE,), "five": (_MIDDLE, *_CORNERS), "grid": _GRID}
+
+
+def view_anchors(height: int, width: int, spec: PreprocessSpec, views: Views) -> list[Anchor]:
+    """The views of a picture, the middle first; those that would show the same pixels once.
 
     Args:
         height: of the picture.
         width: of the picture.
-        spec: its height and width are a view's; a picture that is smaller along an axis has one view there, as long
-            as the picture, which `prepare` pads.
+        spec: its height and width are a view's.
         views: "center" for the middle; "five" for the middle and the four corners; "grid" for three by three, from
             border to border, which the five are part of. Views overlap where the picture is less than three long.
     """
-    rows, columns = _positions(height, spec.height), _positions(width, spec.width)
-    middle = [(rows[0], columns[0])]
-    corners = [(row, column) for row in rows[1:] for column in columns[1:]]
-    grid = [(row, column) for row in rows for column in columns]
-    places = {"center": middle, "five": middle + corners, "grid": grid}[views]
-    size = (min(height, spec.height), min(width, spec.width))
-    return [Part(row, column, *size) for row, column in dict.fromkeys(places)]
+    seen: dict[Part, Anchor] = {}
+    for anchor in _ANCHORS[views]:
+        seen.setdefault(part_at(anchor, height, width, spec), anchor)
+    return list(seen.values())
 
 
-def view_crops(
-    source: PictureSource, spec: PreprocessSpec, views: Views, *, max_pixels: int
-) -> list[NDArray[np.uint8]]:
-    """Model inputs (H, W, 3) uint8, one for each view of a picture, the middle one first.
+def most_views(views: Views) -> int:
+    """Views of a picture that is large enough to have them all."""
+    return len(_ANCHORS[views])
 
-    Args:
-        source: as for `runtime.decode.decode_picture`.
-        spec: of the model.
-        views: as for `view_parts`.
-        max_pixels: largest picture that is accepted, height times width.
 
-    Raises:
-        PictureError: as for `runtime.decode.decode_picture`.
-    """
-    decoded = decode_part(
-        source, lambda height, width: bounding_part(view_parts(height, width, spec, views)), max_pixels=max_pixels
+def part_at(anchor: Anchor, height: int, width: int, spec: PreprocessSpec) -> Part:
+    """The part of a picture that a view shows; where the picture is smaller than a view, so is the part."""
+    return Part(
+        _start(anchor.row, height, spec.height),
+        _start(anchor.column, width, spec.width),
+        min(height, spec.height),
+        min(width, spec.width),
     )
-    parts = view_parts(decoded.height, decoded.width, spec, views)
-    return [prepare(part.within(decoded.part).of(decoded.rgb), spec) for part in parts]
 
 
 def bounding_part(parts: Sequence[Part]) -> Part:
@@ -76,7 +79,7 @@ def require_views(views: object) -> Views:
     raise UsageError("views", got=repr(views), wanted=f"one of {', '.join(VIEWS)}", remedy="choose one of these")
 
 
-def _positions(size: int, view: int) -> tuple[int, int, int]:
-    """Where views begin along an axis: in the middle, as `center_crop` has it, at the start, at the end."""
+def _start(place: _Place, size: int, view: int) -> int:
+    """Where a view begins along an axis; in the middle, an odd remainder is cut at the end, as `center_crop` does."""
     last = max(0, size - view)
-    return last // 2, 0, last
+    return {"middle": last // 2, "start": 0, "end": last}[place]

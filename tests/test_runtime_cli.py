@@ -20,7 +20,7 @@ from runtime.errors import UsageError
 from runtime.picture_paths import expand_pictures
 
 ROOT = Path(runtime.__file__).parent.parent
-FIELDS = ["source", "fake_probability", "verdict", "trace_similarity", "evidence", "error"]
+FIELDS = ["source", "fake_probability", "verdict", "trace_similarity", "evidence", "error", "stability"]
 
 
 @pytest.fixture
@@ -215,6 +215,18 @@ def test_views_are_those_that_were_named(pictures, work, capsys):
     assert len(set(scores)) == 3
 
 
+def test_stability_has_columns_of_its_own_and_json_has_its_scores(pictures, work, capsys):
+    assert _predict("--stability", "gone.jpg", pictures / "b.png") == 1
+    header, failed, scored = capsys.readouterr().out.splitlines()
+    assert header.split() == ["verdict", "fake", "similarity", "spread", "unchanged", "picture"]
+    assert failed[header.index("picture") :].startswith("gone.jpg: got no such file")
+    assert _predict("--stability", "--json", pictures / "b.png") == 0
+    stability = json.loads(capsys.readouterr().out)["stability"]
+    cells = scored.split()
+    assert cells[4:7] == [f"{100 * stability['spread']:.2f}", "%", stability["verdict"]]
+    assert cells[7] == str(pictures / "b.png")
+
+
 # as a process
 
 
@@ -228,7 +240,7 @@ def test_module_runs_as_a_program(pictures, work):
 
 def test_each_batch_is_printed_when_it_is_done(pictures, work):
     code = (
-        "import sys, runtime.views as v\nreal = v.decode_part\n"
+        "import sys, runtime.changes as v\nreal = v.decode_part\n"
         "def decode(source, *arguments, **options):\n"
         "    if 'late' in source: sys.stdin.readline()\n"
         "    return real(source, *arguments, **options)\n"

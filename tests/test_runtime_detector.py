@@ -218,7 +218,7 @@ def test_closed_detector_refuses_and_may_be_closed_twice(tiny_bundle):
 
 def test_detection_as_json_has_exactly_its_field_names(detector):
     good, bad = detector.predict([random_images(1)[0], b""])
-    fields = ["source", "fake_probability", "verdict", "trace_similarity", "evidence", "error"]
+    fields = ["source", "fake_probability", "verdict", "trace_similarity", "evidence", "error", "stability"]
     for detection in (good, bad):
         plain = json.loads(json.dumps(detection.to_json(), allow_nan=False))
         assert list(plain) == fields

@@ -9,7 +9,7 @@ from bundle_fixtures import CALIBRATION, SIZE, numpy_outputs
 from runtime import Detector
 from runtime.errors import UsageError
 from runtime.preprocess import Part, PreprocessSpec, prepare
-from runtime.views import VIEWS, view_parts
+from runtime.views import VIEWS, bounding_part, most_views, part_at, view_anchors
 
 SPEC = PreprocessSpec(height=6, width=8)
 COUNT = {"center": 1, "five": 5, "grid": 9}
@@ -17,6 +17,10 @@ COUNT = {"center": 1, "five": 5, "grid": 9}
 
 def _noise(height, width):
     return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def view_parts(height, width, spec, views):
+    return [part_at(anchor, height, width, spec) for anchor in view_anchors(height, width, spec, views)]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def detector(_pristine_bundle):
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (6, 8), (7, 9), (5, 40), (40, 3), (13, 17), (100, 101)])
 def test_views_lie_inside_differ_and_begin_with_the_middle(views, height, width):
     parts = view_parts(height, width, SPEC, views)
-    assert len(set(parts)) == len(parts) <= COUNT[views]
+    assert len(set(parts)) == len(parts) <= most_views(views) == COUNT[views]
     assert parts[0] == ((max(0, height - 6)) // 2, (max(0, width - 8)) // 2, min(6, height), min(8, width))
     for part in parts:
         assert 0 <= part.top <= part.top + part.height <= height
@@ -41,6 +45,11 @@ def test_five_views_of_a_large_picture_are_the_middle_and_the_corners():
     corners = [Part(top, left, 6, 8) for top in (0, 24) for left in (0, 42)]
     assert view_parts(30, 50, SPEC, "five") == [Part(12, 21, 6, 8), *corners]
     assert len(view_parts(30, 50, SPEC, "grid")) == 9
+
+
+def test_bounding_part_holds_all_parts_and_no_more():
+    assert bounding_part([Part(5, 9, 2, 3), Part(1, 10, 3, 4)]) == Part(1, 9, 6, 5)
+    assert Part(5, 9, 2, 3).within(Part(1, 9, 6, 5)) == Part(4, 0, 2, 3)
 
 
 def test_picture_no_larger_than_a_view_has_one_view_and_a_long_one_three():
