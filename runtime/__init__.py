@@ -12,7 +12,7 @@ back-end.
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
+    from importlib import metadata  # most of the time that importing this package would take
+
     try:
         return metadata.version("ntf-toolkit")
     except metadata.PackageNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections import deque
@@ -196,6 +195,8 @@ class DetectorService:
             BackendError: the back-end failed.
             UsageError: timeout_s is no positive number, or the views are unknown.
         """
+        import asyncio  # loaded already where this runs, and not by importing this package elsewhere
+
         return await asyncio.wrap_future(self.submit(source, timeout_s=timeout_s, views=views, stability=stability))
 
     def predict(

@@ -258,6 +258,24 @@ def test_request_that_is_answered_by_preparing_needs_no_engine():
     assert engine.batches == [[0]]
 
 
+def test_items_wait_unprepared_beyond_two_batches():
+    prepared = []
+
+    def prepare(number):
+        prepared.append(number)
+        return number
+
+    with busy_batcher(prepare=prepare, prepare_threads=1) as (batcher, engine, _):
+        futures = [batcher.submit(number) for number in range(1, 30)]
+        eventually(lambda: len(batcher._ready) == 8)
+        assert len(prepared) == 1 + 8
+        assert futures[0].cancel()  # which leaves room for one more
+        eventually(lambda: len(prepared) == 1 + 9)
+        assert len(batcher._incoming) == 29 - 9
+        engine.open()
+        assert [future.result(PATIENCE_S) for future in futures[1:]] == [10 * number for number in range(2, 30)]
+
+
 def test_close_answers_everything_that_waits():
     with busy_batcher(prepare_threads=1) as (batcher, engine, first):
         futures = [batcher.submit(number) for number in range(1, 10)]

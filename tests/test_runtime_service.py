@@ -195,6 +195,21 @@ def test_views_of_a_picture_are_scored_together_and_at_most_a_batch_at_once(gate
         service.submit(rgb, views="all")
 
 
+def test_pictures_that_are_looked_at_in_other_ways_share_a_batch(service, tiny_bundle):
+    rgb = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    ways = [{}, {"views": "five"}, {"stability": True}, {"views": "grid", "stability": True}]
+    futures = [service.submit(_png(rgb), **way) for way in ways]
+    with Detector.load(tiny_bundle, backend="onnxruntime", threads=1) as detector:
+        for future, way in zip(futures, ways, strict=True):
+            [wanted] = detector.predict([_png(rgb)], **way)
+            found = future.result(PATIENCE_S)
+            assert found.fake_probability == pytest.approx(wanted.fake_probability, abs=1e-6)
+            assert found.verdict == wanted.verdict
+            assert (found.stability is None) == ("stability" not in way)
+    streamed = service.predict([rgb], stability=True)[0]
+    assert streamed.stability is not None
+
+
 def test_array_may_be_filled_anew_after_submit(gated):
     service, backend = gated
     images = random_images(3)
