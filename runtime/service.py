@@ -86,6 +86,7 @@ class DetectorService:
         max_wait_ms: float = 2.0,
         max_queue: int = 256,
         observer: BatchObserver | None = None,
+        **load_options: Any,
     ) -> DetectorService:
         """Service of a model bundle, verified and opened.
 
@@ -100,6 +101,7 @@ class DetectorService:
             max_wait_ms: how long a decoded picture waits for others while the engine is free, from 0.
             max_queue: pictures that may wait, decoded or not; further ones are refused.
             observer: told of each batch, for metrics.
+            load_options: further ones of `Detector.load`.
 
         Raises:
             BundleError: as for `Detector.load`.
@@ -109,15 +111,16 @@ class DetectorService:
         require_positive("max_batch_size", max_batch_size)
         require_positive("max_queue", max_queue)
         require_duration("max_wait_ms", max_wait_ms, zero=True)
-        options = {
+        options: dict[str, Any] = {
             "backend": backend,
             "precision": precision,
             "max_pixels": max_pixels,
             "threads": threads,
             "check_golden": check_golden,
+            **load_options,
         }
         return cls(
-            Detector.load(model, **options),  # type: ignore[arg-type]
+            Detector.load(model, **options),
             options,
             max_batch_size=max_batch_size,
             max_wait_ms=max_wait_ms,
