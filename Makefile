@@ -65,6 +65,7 @@ bench: demo
 	$(BIN)/python -m benchmarks.demo_table
 	$(BIN)/python -m benchmarks.roofline
 	$(BIN)/python -m benchmarks.bench_loading
+	$(BIN)/python -m benchmarks.bench_runtime
 	$(BIN)/python -m benchmarks.bench_loss
 
 clean:

@@ -106,6 +106,8 @@ class Admission:
 
 @dataclass(eq=False)
 class _Request(Generic[Item, Ready, Result]):
+    """One item on its way, with times of `time.monotonic`; it `waits` as long as the admission counts it."""
+
     item: Item | None
     future: Future[Result]
     submitted_s: float
@@ -150,7 +152,7 @@ class DynamicBatcher(Generic[Item, Ready, Result]):
         self._max_batch_size = max_batch_size
         self._max_wait_s = max_wait_ms / 1000
         self._observer = observer
-        # One lock, taken again by the callback of a future that is cancelled under it.
+        # One lock for all of it; methods that hold it call others that take it.
         self._lock = threading.RLock()
         self._item_arrived = threading.Condition(self._lock)
         self._ready_changed = threading.Condition(self._lock)

@@ -195,6 +195,21 @@ def test_late_request_ends_in_time_and_never_reaches_the_engine():
     assert engine.batches == [[0], [2]]
 
 
+def test_request_whose_time_passes_as_the_engine_takes_it_is_left_out():
+    with busy_batcher() as (batcher, engine, _):
+        late, kept = batcher.submit(1, timeout_s=3600), batcher.submit(2)
+        eventually(lambda: len(batcher._ready) == 2)
+        with batcher._lock:  # before the thread that watches deadlines wakes up
+            next(iter(batcher._timed)).deadline_s = time.monotonic()
+        engine.open()
+        assert kept.result(PATIENCE_S) == 20
+        with batcher._lock:
+            batcher._timed_changed.notify()
+        with pytest.raises(DeadlineError):
+            late.result(PATIENCE_S)
+    assert engine.batches == [[0], [2]]
+
+
 def test_shorter_deadline_that_comes_later_is_kept():
     with busy_batcher() as (batcher, _, _):
         patient = batcher.submit(1, timeout_s=3600)
