@@ -13,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from runtime.admission import Admission, closed_error
 from runtime.arguments import require_duration, require_positive
-from runtime.batching import Admission, Answered, BatchObserver, DynamicBatcher, closed_error
+from runtime.batching import Answered, BatchObserver, DynamicBatcher
 from runtime.changes import Looks
 from runtime.decode import MAX_PIXELS, PictureSource, describe_source
 from runtime.detector import (

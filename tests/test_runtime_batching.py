@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.batching import Admission, Answered, DynamicBatcher
+from runtime.admission import Admission
+from runtime.batching import Answered, DynamicBatcher
 from runtime.errors import ClosedError, DeadlineError, QueueFullError, UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -304,6 +305,17 @@ def test_close_answers_everything_that_waits():
         assert [future.result() for future in futures] == [10 * number for number in range(1, 10)]
 
 
+def test_close_does_not_wait_for_others_to_fill_a_batch():
+    with batcher_of(lambda numbers: numbers, max_wait_ms=3_600_000) as batcher:
+        lone = batcher.submit(1)
+        eventually(lambda: len(batcher._ready) == 1)
+        closing = threading.Thread(target=batcher.close, kwargs={"drain": True}, daemon=True)
+        closing.start()
+        assert lone.result(PATIENCE_S) == 1
+        closing.join(PATIENCE_S)
+        assert not closing.is_alive()
+
+
 def test_close_without_draining_ends_what_waits_with_an_error_and_what_is_worked_on_with_its_result():
     preparing, go_on = threading.Event(), threading.Event()
 
@@ -405,18 +417,27 @@ def test_broken_observer_costs_no_result_and_is_logged(caplog):
     assert "ZeroDivisionError: metrics" in caplog.text
 
 
-def test_program_that_forgets_to_close_ends():
+def test_program_that_forgets_to_close_ends_when_its_engine_has_done_its_batch():
     code = (
-        "from runtime.batching import Admission, DynamicBatcher\n"
-        "batcher = DynamicBatcher(lambda n: n, lambda ns: ns, admission=Admission(9), max_batch_size=4,"
-        " max_wait_ms=0, prepare_threads=2)\n"
-        "print(batcher.submit(7).result())"
+        "import threading, time\n"
+        "from runtime.admission import Admission\n"
+        "from runtime.batching import DynamicBatcher\n"
+        "working = threading.Event()\n"
+        "def infer(numbers):\n"
+        "    working.set()\n"
+        "    time.sleep(0.2)\n"
+        "    return numbers\n"
+        "batcher = DynamicBatcher(lambda n: n, infer, admission=Admission(9), max_batch_size=4, max_wait_ms=0,"
+        " prepare_threads=2)\n"
+        "future = batcher.submit(7)\n"
+        "future.add_done_callback(lambda future: print('answered', future.result()))\n"
+        "working.wait()"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (0, "7\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "answered 7\n", "")
 
 
 def test_every_request_of_many_threads_ends_exactly_once():

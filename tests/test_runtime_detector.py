@@ -216,6 +216,15 @@ def test_closed_detector_refuses_and_may_be_closed_twice(tiny_bundle):
     assert "closed" in repr(opened)
 
 
+def test_warming_up_infers_a_batch_of_each_size(detector, monkeypatch):
+    infer, sizes = detector._backend.infer, []
+    monkeypatch.setattr(detector._backend, "infer", lambda images: sizes.append(images.shape) or infer(images))
+    detector.warm_up(1, 5)
+    assert sizes == [(1, 16, 16, 3), (5, 16, 16, 3)]
+    with pytest.raises(UsageError, match="batch size: got 0"):
+        detector.warm_up(0)
+
+
 def test_detection_as_json_has_exactly_its_field_names(detector):
     good, bad = detector.predict([random_images(1)[0], b""])
     fields = ["source", "fake_probability", "verdict", "trace_similarity", "evidence", "error", "stability"]
