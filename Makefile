@@ -65,6 +65,7 @@ bench: demo
 	$(BIN)/python -m benchmarks.demo_table
 	$(BIN)/python -m benchmarks.roofline
 	$(BIN)/python -m benchmarks.bench_loading
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.bench_speed
 	$(BIN)/python -m benchmarks.bench_loss
 
 clean:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 import runtime.jpeg_region
 import runtime.turbojpeg
+from runtime import Detector
 from runtime.decode import decode_part, decode_picture
 from runtime.errors import PictureError
 from runtime.jpeg_region import decode_jpeg_part, is_complete, why_in_full
@@ -273,3 +274,15 @@ def test_no_library_is_said_and_the_picture_is_decoded_in_full(monkeypatch, look
 def test_pillow_of_another_jpeg_library_decides_against_it(monkeypatch, looked_again, version, other):
     monkeypatch.setattr(runtime.jpeg_region.features, "version_feature", lambda name: version)
     assert why_in_full().startswith("Pillow was built without libjpeg-turbo") is other
+
+
+@needs_library
+def test_detector_never_loads_a_plain_jpeg_as_a_whole(tiny_bundle, tmp_path, monkeypatch):
+    path = tmp_path / "large.jpg"
+    path.write_bytes(_jpeg(_noise(300, 400, 6), orientation=6))
+    middle = decode_picture(path)[192:208, 142:158]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded in full"))
+    with Detector.load(tiny_bundle, backend="onnxruntime", threads=1) as detector:
+        found, expected = detector.predict([path, middle])
+    assert found.error is None
+    assert found.fake_probability == pytest.approx(expected.fake_probability, abs=1e-6)
