@@ -269,8 +269,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {settings['torch_threads']} PyTorch threads, Python "
         f"{machine['python']}, {shown}; JPEG regions with {settings['jpeg_library']}. Time for one picture, median "
-        "± half the interquartile range; ratios are medians over rounds of the ratio within a round, on the clock and in "
-        f"processor time. The load average when it began was {settings['load_average_before']:.1f}: read the ratios."
+        "± half the interquartile range; ratios are medians over rounds of the ratio within a round, on the clock and "
+        f"in processor time. The load average when it began was {settings['load_average_before']:.1f}: read the ratios."
     ]
     for workload in dict.fromkeys(row["workload"] for row in results["rows"]):
         lines += ["", f"| {workload} | time | times faster | times less processor time |", "|---|---:|---:|---:|"]
