@@ -186,6 +186,13 @@ def test_frames_of_other_kinds_are_not_complete():
     assert not is_complete(_incomplete_progressive())
 
 
+def test_segment_after_the_last_scan_is_left_to_pillow():
+    data = _jpeg(_noise(96, 96, 1))
+    comment = b"\xff\xfe\x00\x04ab"
+    assert is_complete(data[:2] + comment + data[2:])
+    assert not is_complete(data[:-2] + comment + data[-2:])
+
+
 @settings(repeatable, max_examples=40)
 @given(st.integers(0, 4000), st.booleans())
 @example(0, True)
