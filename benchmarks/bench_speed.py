@@ -168,7 +168,7 @@ def _verdicts(detector: Detector, files: Sequence[bytes]) -> Verdicts:
 
 
 def _verdicts_in_full(detector: Detector, files: Sequence[bytes]) -> Verdicts:
-    with mock.patch("runtime.jpeg_region.why_in_full", return_value="as it is without the library"):
+    with mock.patch("runtime.decode.why_in_full", return_value="as it is without the library"):
         return _verdicts(detector, files)
 
 

@@ -218,7 +218,7 @@ def test_damaged_file_gives_the_same_answer_with_and_without_the_library(data):
     answers = []
     for reason in ("", "not now"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("runtime.jpeg_region.why_in_full", lambda reason=reason: reason)
+            patch.setattr("runtime.decode.why_in_full", lambda reason=reason: reason)
             try:
                 answers.append(decode_part(bytes(file), part, max_pixels=10**6))
             except PictureError as error:
