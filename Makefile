@@ -66,6 +66,7 @@ bench: demo
 	$(BIN)/python -m benchmarks.roofline
 	$(BIN)/python -m benchmarks.bench_loading
 	$(BIN)/python -m benchmarks.bench_runtime
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.bench_speed
 	$(BIN)/python -m benchmarks.bench_loss
 
 clean:

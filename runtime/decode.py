@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from runtime.errors import PictureError
-from runtime.jpeg_region import decode_jpeg_part
+from runtime.jpeg_region import decode_jpeg_part, why_in_full
 from runtime.pillow_guard import neutral_pillow
 from runtime.preprocess import Part, require_rgb
 
@@ -247,7 +247,7 @@ def _require_size(name: str, width: int, height: int, max_pixels: int) -> None:
 def _jpeg_part(image: Image.Image, stream: BinaryIO, part_of: Callable[[int, int], Part]) -> DecodedPart | None:
     """A part of a JPEG file that Pillow has opened but not decoded; None where it has to be decoded in full."""
     # MPO is a JPEG file with more of them behind it: several views of a camera, or a phone's depth map.
-    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L") or why_in_full():
         return None
     stream.seek(0)
     data = stream.read(_MAX_JPEG_BYTES + 1)

@@ -25,7 +25,6 @@ _MCU = 32
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all with Huffman codes
-_OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 _COEFFICIENTS = 64
 
 
@@ -36,8 +35,11 @@ def decode_jpeg_part(data: bytes, part: Part, size: tuple[int, int]) -> NDArray[
         data: the file, from its first byte; what follows the first picture is not looked at.
         part: of the picture as it is stored, before its EXIF orientation is applied.
         size: height and width of the picture as it is stored.
+
+    Note:
+        Only to be called where `why_in_full` gives no reason against it.
     """
-    if why_in_full() or not is_complete(data):
+    if not is_complete(data):
         return None
     wide = _widened(part, size)
     pixels = find_turbojpeg().decode(data, wide, size)
@@ -68,10 +70,8 @@ def is_complete(data: bytes) -> bool:
         position += 2 + int.from_bytes(data[position + 2 : start], "big")
         segment = data[start:position]
         try:
-            if marker in _FRAMES and not missing:
+            if marker in _FRAMES:
                 missing = {segment[6 + 3 * index]: [True] * _COEFFICIENTS for index in range(segment[5])}
-            elif marker in _OTHER_FRAMES or marker in _FRAMES:
-                return False
             elif marker == _START_OF_SCAN:
                 _scan(segment, missing)
                 found = _MARKER.search(data, position)
@@ -80,7 +80,7 @@ def is_complete(data: bytes) -> bool:
                 position = found.start()
                 if not any(map(any, missing.values())):
                     return data[position + 1] == _END_OF_IMAGE
-        except (IndexError, KeyError):  # a segment that is too short, or a scan of a component that there is not
+        except (IndexError, KeyError):  # a short segment, or a scan of a component that no frame of these kinds has
             return False
     return False
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 import runtime.jpeg_region
 import runtime.turbojpeg
+from runtime import Detector
 from runtime.decode import decode_part, decode_picture
 from runtime.errors import PictureError
 from runtime.jpeg_region import decode_jpeg_part, is_complete, why_in_full
@@ -185,6 +186,13 @@ def test_frames_of_other_kinds_are_not_complete():
     assert not is_complete(_incomplete_progressive())
 
 
+def test_segment_after_the_last_scan_is_left_to_pillow():
+    data = _jpeg(_noise(96, 96, 1))
+    comment = b"\xff\xfe\x00\x04ab"
+    assert is_complete(data[:2] + comment + data[2:])
+    assert not is_complete(data[:-2] + comment + data[-2:])
+
+
 @settings(repeatable, max_examples=40)
 @given(st.integers(0, 4000), st.booleans())
 @example(0, True)
@@ -210,7 +218,7 @@ def test_damaged_file_gives_the_same_answer_with_and_without_the_library(data):
     answers = []
     for reason in ("", "not now"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("runtime.jpeg_region.why_in_full", lambda reason=reason: reason)
+            patch.setattr("runtime.decode.why_in_full", lambda reason=reason: reason)
             try:
                 answers.append(decode_part(bytes(file), part, max_pixels=10**6))
             except PictureError as error:
@@ -273,3 +281,15 @@ def test_no_library_is_said_and_the_picture_is_decoded_in_full(monkeypatch, look
 def test_pillow_of_another_jpeg_library_decides_against_it(monkeypatch, looked_again, version, other):
     monkeypatch.setattr(runtime.jpeg_region.features, "version_feature", lambda name: version)
     assert why_in_full().startswith("Pillow was built without libjpeg-turbo") is other
+
+
+@needs_library
+def test_detector_never_loads_a_plain_jpeg_as_a_whole(tiny_bundle, tmp_path, monkeypatch):
+    path = tmp_path / "large.jpg"
+    path.write_bytes(_jpeg(_noise(300, 400, 6), orientation=6))
+    middle = decode_picture(path)[192:208, 142:158]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded in full"))
+    with Detector.load(tiny_bundle, backend="onnxruntime", threads=1) as detector:
+        found, expected = detector.predict([path, middle])
+    assert found.error is None
+    assert found.fake_probability == pytest.approx(expected.fake_probability, abs=1e-6)
