@@ -408,6 +408,20 @@ def test_swap_ends_old_pictures_on_the_old_bundle_and_new_ones_on_the_new(gated,
     assert service.manifest.name == "second"
 
 
+def test_picture_that_comes_as_the_bundle_changes_goes_to_the_new_one(gated, second_bundle, monkeypatch):
+    service, old = gated
+    old.open()
+    submit = service._lane.submit
+
+    def submit_late(*arguments, **options):
+        service.swap(second_bundle)  # between the choice of the old bundle and its queue
+        return submit(*arguments, **options)
+
+    monkeypatch.setattr(service._lane, "submit", submit_late)
+    images = random_images(1)
+    assert_scores([service.submit(images[0]).result(PATIENCE_S)], images, offset=OFFSET)
+
+
 def test_swap_under_load_loses_no_request(tiny_bundle, second_bundle):
     images = random_images(16)
     expected = {"tiny": probabilities(images), "second": probabilities(images, offset=OFFSET)}
