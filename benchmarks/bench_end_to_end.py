@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
-import torch
-from PIL import Image
-from torchvision.transforms import v2
 
 from benchmarks.pictures import jpeg_bytes, photograph
+from benchmarks.torch_scoring import REFERENCE, torch_logits
 from runtime import Detector
 from runtime.backends import BACKENDS, probe_backend
 
-REFERENCE = "Pillow + torchvision + PyTorch"
 WORKLOADS = {"one 12 MP JPEG": (1, 3000, 4000), "32 JPEGs of 256 px": (32, 256, 256)}
 CONTENDERS = [REFERENCE, *(f"{backend} {precision}" for backend in BACKENDS for precision in ("fp32", "int8"))]
 # INT8 may move a probability that is near the middle; export.verify judges that on labelled pictures.
@@ -43,21 +38,8 @@ def bench_end_to_end(benchmark, timed_model, workload, contender):
 
 
 def _with_pytorch(timed_model):
-    detector = timed_model.detector
     calibration = timed_model.bundle.manifest.calibration["fp32"]
-
-    @torch.inference_mode()
-    def score(files):
-        crops = [
-            v2.functional.center_crop(
-                v2.functional.pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB")), [224, 224]
-            )
-            for data in files
-        ]
-        logits = detector(torch.stack(crops).permute(0, 2, 3, 1)).logits
-        return calibration.fake_probability(logits.numpy())
-
-    return score
+    return lambda files: calibration.fake_probability(torch_logits(timed_model.detector, files, size=224))
 
 
 def _with_runtime(timed_model, contender):

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from training import write_pictures
-
+from benchmarks.pictures import write_pictures
 from train.config import DecisionConfig, RunConfig, Stage1Config, Stage2Config, preset_config
 from train.run import train
 

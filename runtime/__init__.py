@@ -12,30 +12,46 @@ back-end.
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from runtime.batching import BatchObserver
     from runtime.bundle import Bundle, open_bundle
     from runtime.decode import decode_picture
     from runtime.detector import Detection, Detector, DetectorInfo
-    from runtime.errors import BackendError, BundleError, NTFError, PictureError, UsageError
+    from runtime.errors import (
+        BackendError,
+        BundleError,
+        ClosedError,
+        DeadlineError,
+        NTFError,
+        PictureError,
+        QueueFullError,
+        UsageError,
+    )
     from runtime.manifest import ModelManifest
     from runtime.preprocess import PreprocessSpec, prepare
+    from runtime.service import DetectorService
 
     __version__: str
 
 _HOME = {
     "BackendError": "runtime.errors",
+    "BatchObserver": "runtime.batching",
     "Bundle": "runtime.bundle",
     "BundleError": "runtime.errors",
+    "ClosedError": "runtime.errors",
+    "DeadlineError": "runtime.errors",
     "Detection": "runtime.detector",
     "Detector": "runtime.detector",
     "DetectorInfo": "runtime.detector",
+    "DetectorService": "runtime.service",
     "ModelManifest": "runtime.manifest",
     "NTFError": "runtime.errors",
     "PictureError": "runtime.errors",
     "PreprocessSpec": "runtime.preprocess",
+    "QueueFullError": "runtime.errors",
     "UsageError": "runtime.errors",
     "decode_picture": "runtime.decode",
     "open_bundle": "runtime.bundle",
@@ -44,15 +60,20 @@ _HOME = {
 
 __all__ = [
     "BackendError",
+    "BatchObserver",
     "Bundle",
     "BundleError",
+    "ClosedError",
+    "DeadlineError",
     "Detection",
     "Detector",
     "DetectorInfo",
+    "DetectorService",
     "ModelManifest",
     "NTFError",
     "PictureError",
     "PreprocessSpec",
+    "QueueFullError",
     "UsageError",
     "__version__",
     "decode_picture",
@@ -77,6 +98,8 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
+    from importlib import metadata  # most of the time that importing this package would take
+
     try:
         return metadata.version("ntf-toolkit")
     except metadata.PackageNotFoundError:

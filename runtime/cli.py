@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 OK, SOME_FAILED, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
 _TABLE = "{verdict:<9}  {probability:>9}  {similarity:>10}  {picture}"
+# With --stability: largest minus smallest fake probability, and what the verdict is on the picture as it is.
+_STABILITY_TABLE = "{verdict:<9}  {probability:>9}  {similarity:>10}  {spread:>9}  {unchanged:<9}  {picture}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +83,15 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference")
     parser.add_argument(
+        "--views", default="center", help="parts of a picture whose logits are averaged: center, five or grid (3x3)"
+    )
+    parser.add_argument(
         "--check-golden", action="store_true", help="first check that the golden inputs give what they gave at export"
+    )
+    parser.add_argument(
+        "--stability",
+        action="store_true",
+        help="score re-encoded and rescaled versions too; a verdict that flips becomes uncertain",
     )
     parser.set_defaults(run=_predict)
 
@@ -100,15 +110,20 @@ def _predict(options: argparse.Namespace) -> int:
         threads=options.threads,
         check_golden=options.check_golden,
     ) as detector:
-        detections = detector.stream(pictures, batch_size=options.batch_size)
+        detections = detector.stream(
+            pictures, batch_size=options.batch_size, views=options.views, stability=options.stability
+        )
         checked = "; golden inputs give what they gave at export" if options.check_golden else ""
         print(_info_line(detector.info) + checked, file=sys.stderr)
         failed = 0
         if not options.json:
-            print(_table_header(), flush=True)
+            print(_table_header(stability=options.stability), flush=True)
         for detection in detections:
             failed += detection.error is not None
-            print(_json_line(detection) if options.json else _table_line(detection), flush=True)
+            print(
+                _json_line(detection) if options.json else _table_line(detection, stability=options.stability),
+                flush=True,
+            )
     print(f"{len(pictures) - failed} scored, {failed} failed", file=sys.stderr)
     return SOME_FAILED if failed else OK
 
@@ -151,17 +166,29 @@ def _info_line(info: DetectorInfo) -> str:
     )
 
 
-def _table_header() -> str:
-    return _TABLE.format(verdict="verdict", probability="fake", similarity="similarity", picture="picture")
+def _table_header(*, stability: bool) -> str:
+    table = _STABILITY_TABLE if stability else _TABLE
+    return table.format(
+        verdict="verdict",
+        probability="fake",
+        similarity="similarity",
+        spread="spread",
+        unchanged="unchanged",
+        picture="picture",
+    )
 
 
-def _table_line(detection: Detection) -> str:
+def _table_line(detection: Detection, *, stability: bool) -> str:
+    table, found = _STABILITY_TABLE if stability else _TABLE, detection.stability
     if detection.error is not None:
-        return _TABLE.format(verdict="error", probability="-", similarity="-", picture=_printable(detection.error))
-    return _TABLE.format(
+        empty = dict.fromkeys(("probability", "similarity", "spread", "unchanged"), "-")
+        return table.format(verdict="error", **empty, picture=_printable(detection.error))
+    return table.format(
         verdict=detection.verdict,
         probability=f"{100 * (detection.fake_probability or 0.0):.2f} %",
         similarity=f"{detection.trace_similarity:+.4f}",
+        spread="-" if found is None else f"{100 * found.spread:.2f} %",
+        unchanged="-" if found is None else found.verdict,
         picture=_printable(detection.source),
     )
 

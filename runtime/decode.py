@@ -10,25 +10,41 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from runtime.errors import PictureError
+from runtime.jpeg_region import decode_jpeg_part, why_in_full
 from runtime.pillow_guard import neutral_pillow
-from runtime.preprocess import require_rgb
+from runtime.preprocess import Part, require_rgb
 
-PictureSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8]"
+
+class SupportsDLPack(Protocol):
+    """An array of any library that can show its memory, as PyTorch's and JAX's do (DLPack)."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        """The array as a DLPack capsule."""
+
+    def __dlpack_device__(self) -> tuple[Any, int]:
+        """Kind and number of the device that holds the array."""
+
+
+PictureSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8] | SupportsDLPack"
+)
 
 # 100 megapixels are a 400 MB Pillow image: the largest that one decoding thread may hold.
 MAX_PIXELS = 100_000_000
 # Bound on what is read from a stream that may never end; 100 megapixels of 16-bit RGB are 600 MB.
 MAX_STREAM_BYTES = 1 << 30
+# A JPEG file is read as a whole to decode a part of it; 100 megapixels at the highest quality are about as much.
+_MAX_JPEG_BYTES = 1 << 28
 
 # What a scan of a folder takes for pictures; a file that is named outright is tried whatever its suffix.
 PICTURE_SUFFIXES = (
@@ -38,17 +54,22 @@ PICTURE_SUFFIXES = (
 
 # Pillow's names. No PostScript, PDF or Windows metafiles: those run interpreters.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO", "PPM")
+# dlpack.h: kDLCPU, kDLCUDAHost, kDLROCMHost.
+_CPU_MEMORY = (1, 3, 11)
 _ORIENTATION_TAG = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _WANTED = "a picture file (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or PPM)"
+
+
+class DecodedPart(NamedTuple):
+    """A part of a picture.
+
+    rgb (part.height, part.width, 3) uint8; height and width are those of the whole picture, upright.
+    """
+
+    rgb: NDArray[np.uint8]
+    part: Part
+    height: int
+    width: int
 
 
 def decode_picture(source: PictureSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -56,7 +77,8 @@ def decode_picture(source: PictureSource, *, max_pixels: int = MAX_PIXELS) -> ND
 
     Args:
         source: a path, the bytes of a file, a binary file object (read from where it stands), a Pillow image
-            (the frame it is at), or a uint8 (H, W, 3) RGB array, which comes back uncopied when contiguous.
+            (the frame it is at), or a uint8 (H, W, 3) RGB array, which comes back uncopied when contiguous; an array
+            of another library that shows its memory with DLPack is one, where it is in the CPU's memory.
         max_pixels: largest height times width that is accepted, whatever the source.
 
     Raises:
@@ -65,18 +87,44 @@ def decode_picture(source: PictureSource, *, max_pixels: int = MAX_PIXELS) -> ND
     Note:
         Thread safe, except that one Pillow image or file object must not be decoded twice at the same time.
     """
+    return np.ascontiguousarray(decode_part(source, whole_part, max_pixels=max_pixels).rgb)
+
+
+def decode_part(
+    source: PictureSource, part_of: Callable[[int, int], Part], *, max_pixels: int = MAX_PIXELS
+) -> DecodedPart:
+    """The same pixels as in the picture of `decode_picture`, without the work for the others where it can be saved.
+
+    Args:
+        source: as for `decode_picture`; an array is not copied.
+        part_of: which part of a picture of this height and width, upright, is wanted; it must lie inside.
+        max_pixels: largest height times width of the picture that is accepted, whatever the source.
+
+    Raises:
+        PictureError: as for `decode_picture`.
+
+    Note:
+        A JPEG file is decoded in part alone where `runtime.jpeg_region` can; other files are decoded and then cropped.
+    """
     name = describe_source(source)
-    if isinstance(source, np.ndarray):
+    if hasattr(source, "__dlpack__"):
+        source = _from_dlpack(source, name)
         require_rgb(source)
         _require_size(name, source.shape[1], source.shape[0], max_pixels)
-        return np.ascontiguousarray(source)
+        part = part_of(*source.shape[:2])
+        return DecodedPart(part.of(source), part, *source.shape[:2])
     with _as_picture_error(name), neutral_pillow(max_pixels):
         if isinstance(source, Image.Image):
             _require_size(name, *source.size, max_pixels)
-            return _rgb_array(source, name)
+            return _decoded_part(source, part_of, name)
         with _opened(source, name) as stream, _identified(stream, name) as image:
             _require_size(name, *image.size, max_pixels)
-            return _rgb_array(image, name)
+            return _jpeg_part(image, stream, part_of) or _decoded_part(image, part_of, name)
+
+
+def whole_part(height: int, width: int) -> Part:
+    """All of a picture."""
+    return Part(0, 0, height, width)
 
 
 def describe_source(source: object) -> str:
@@ -85,12 +133,27 @@ def describe_source(source: object) -> str:
         return os.fspath(source) or "''"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source)} bytes"
-    if isinstance(source, np.ndarray):
-        return f"array {source.shape}"
+    if hasattr(source, "__dlpack__"):
+        kind = "array" if isinstance(source, np.ndarray) else type(source).__name__
+        return f"{kind} {tuple(getattr(source, 'shape', ()))}"
     carried = getattr(source, "filename", None) or getattr(source, "name", None)
     if isinstance(carried, (str, os.PathLike)):
         return os.fspath(carried)
     return f"{type(source).__name__} object"
+
+
+def _from_dlpack(source: Any, name: str) -> NDArray[Any]:
+    """The array itself, or NumPy's view of the memory of another library's."""
+    if isinstance(source, np.ndarray):
+        return source
+    remedy = "move it to the CPU as uint8 (height, width, 3), for PyTorch with tensor.detach().cpu()"
+    try:
+        device = int(source.__dlpack_device__()[0])
+        if device not in _CPU_MEMORY:
+            raise _refusal(name, f"an array on DLPack device {device}", "one in the CPU's memory", remedy)
+        return np.from_dlpack(source)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise _refusal(name, f"an array that is not given out ({error})", "one that NumPy can read", remedy) from error
 
 
 @contextmanager
@@ -181,12 +244,58 @@ def _require_size(name: str, width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _rgb_array(image: Image.Image, name: str) -> NDArray[np.uint8]:
+def _jpeg_part(image: Image.Image, stream: BinaryIO, part_of: Callable[[int, int], Part]) -> DecodedPart | None:
+    """A part of a JPEG file that Pillow has opened but not decoded; None where it has to be decoded in full."""
+    # MPO is a JPEG file with more of them behind it: several views of a camera, or a phone's depth map.
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L") or why_in_full():
+        return None
+    stream.seek(0)
+    data = stream.read(_MAX_JPEG_BYTES + 1)
+    placing = _Placing(image)
+    part, stored = placing.of(part_of)
+    pixels = decode_jpeg_part(data, stored, (image.height, image.width)) if len(data) <= _MAX_JPEG_BYTES else None
+    return None if pixels is None else DecodedPart(placing.upright(pixels), part, *placing.size)
+
+
+def _decoded_part(image: Image.Image, part_of: Callable[[int, int], Part], name: str) -> DecodedPart:
     image.load()
-    method = _TRANSPOSE.get(_orientation(image))
-    if method is not None:
-        image = image.transpose(method)
-    return np.ascontiguousarray(_to_rgb(image, name))
+    placing = _Placing(image)
+    part, stored = placing.of(part_of)
+    if image.mode[0] in "IF":
+        # Whether the values fit into 8 or 16 bits is asked of the whole picture.
+        rgb = stored.of(_to_rgb(image, name))
+    else:
+        box = (stored.left, stored.top, stored.left + stored.width, stored.top + stored.height)
+        rgb = _to_rgb(image if box == (0, 0, *image.size) else image.crop(box), name)
+    return DecodedPart(placing.upright(rgb), part, *placing.size)
+
+
+class _Placing:
+    """How an image as it is stored becomes the picture as its EXIF orientation wants it seen (Exif 2.32)."""
+
+    def __init__(self, image: Image.Image) -> None:
+        orientation = _orientation(image)
+        self._rows_mirrored = orientation in (3, 4, 6, 7)
+        self._columns_mirrored = orientation in (2, 3, 7, 8)
+        self._turned = orientation in (5, 6, 7, 8)  # rows and columns change places, after the mirroring
+        self._stored = (image.height, image.width)
+        self.size = self._stored[::-1] if self._turned else self._stored
+
+    def of(self, part_of: Callable[[int, int], Part]) -> tuple[Part, Part]:
+        """The wanted part of the upright picture, and the same as it is stored."""
+        part = part_of(*self.size)
+        top, left, height, width = (part.left, part.top, part.width, part.height) if self._turned else part
+        if self._rows_mirrored:
+            top = self._stored[0] - top - height
+        if self._columns_mirrored:
+            left = self._stored[1] - left - width
+        return part, Part(top, left, height, width)
+
+    def upright(self, stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """View of stored pixels as they are seen."""
+        rows = stored[::-1] if self._rows_mirrored else stored
+        both = rows[:, ::-1] if self._columns_mirrored else rows
+        return both.transpose(1, 0, 2) if self._turned else both
 
 
 def _orientation(image: Image.Image) -> int:

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from runtime.arguments import require_positive
 from runtime.backends import Backend, Outputs, open_backend
 from runtime.backends.choice import Choice, choose
 from runtime.bundle import Bundle, open_bundle
-from runtime.decode import MAX_PIXELS, PictureSource, decode_picture, describe_source
+from runtime.changes import CHANGES, UNCHANGED, Looks, picture_crops
+from runtime.decode import MAX_PIXELS, PictureSource
 from runtime.errors import PictureError, UsageError
 from runtime.golden import require_golden
-from runtime.preprocess import prepare
+from runtime.pipeline import pipelined
+from runtime.sources import is_array, is_file, require_many, source_name
+from runtime.stability import Stability, stability_of
+from runtime.views import Views, require_views
 
 Verdict: TypeAlias = Literal["real", "uncertain", "fake"]
 
 # Each decoding thread may hold one picture of max_pixels in memory, so there are few.
-_MAX_DECODE_THREADS = 4
+MAX_DECODE_THREADS = 4
 # Evidence is for looking at; five decimals of a logit are more than a picture can show.
 _EVIDENCE_DECIMALS = 5
 
@@ -42,6 +48,7 @@ class Detection:
         trace_similarity: cosine with the mean natural trace, -1 to 1; natural pictures are near it.
         evidence: (h, w) float32 calibrated logit of each cell of the crop that was looked at; above 0 is fake.
         error: why there is no verdict, in one sentence.
+        stability: how far the score moves when the picture is changed; None where that was not asked for.
     """
 
     source: str
@@ -50,6 +57,7 @@ class Detection:
     trace_similarity: float | None
     evidence: NDArray[np.float32] | None
     error: str | None
+    stability: Stability | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary with the same field names, ready for `json.dumps`; evidence as rows of numbers."""
@@ -62,7 +70,20 @@ class Detection:
             "trace_similarity": self.trace_similarity,
             "evidence": rows,
             "error": self.error,
+            "stability": None if self.stability is None else self.stability.to_json(),
         }
+
+
+class PreparedPicture(NamedTuple):
+    """A picture as the graph takes it.
+
+    name is for people; crops are (H, W, 3) uint8, in the order of `runtime.changes.picture_crops`, or the error that
+    says why there are none.
+    """
+
+    name: str
+    looks: Looks
+    crops: list[NDArray[np.uint8]] | PictureError
 
 
 @dataclass(frozen=True)
@@ -112,7 +133,9 @@ class Detector:
         self._backend: Backend | None = backend
         self._calibration = bundle.manifest.calibration[choice.artifact.precision]
         self._max_pixels = max_pixels
-        self._pool = ThreadPoolExecutor(min(_MAX_DECODE_THREADS, os.cpu_count() or 1), "ntf-decode")
+        self._users = 0
+        self._idle = threading.Condition()
+        self._pool = ThreadPoolExecutor(min(MAX_DECODE_THREADS, os.cpu_count() or 1), "ntf-decode")
 
     @classmethod
     def load(
@@ -141,9 +164,9 @@ class Detector:
                 place.
             UsageError: max_pixels or threads is not a positive whole number.
         """
-        _require_positive("max_pixels", max_pixels)
+        require_positive("max_pixels", max_pixels)
         if threads is not None:
-            _require_positive("threads", threads)
+            require_positive("threads", threads)
         bundle = open_bundle(model)
         choice = choose(bundle.manifest, backend=backend, precision=precision)
         artifact = choice.artifact
@@ -158,36 +181,117 @@ class Detector:
                 raise
         return cls(bundle, opened, choice, max_pixels=max_pixels)
 
-    def predict(self, sources: Iterable[PictureSource], *, batch_size: int = 32) -> list[Detection]:
+    def predict(
+        self,
+        sources: Iterable[PictureSource],
+        *,
+        batch_size: int = 32,
+        views: Views = "center",
+        stability: bool = False,
+    ) -> list[Detection]:
         """One Detection for each source, in order; a picture that cannot be read gets one with `error` set.
 
         Args:
-            sources: paths, bytes of files, binary file objects, Pillow images and uint8 (H, W, 3) RGB arrays, in
-                any mixture. A single picture goes in a list: `predict([picture])`.
-            batch_size: pictures scored at once; it bounds memory and does not change a score.
+            sources: paths, bytes of files, binary file objects, Pillow images and uint8 (H, W, 3) RGB arrays, of NumPy
+                or with DLPack, in any mixture. A single picture goes in a list: `predict([picture])`.
+            batch_size: crops scored at once; it bounds memory and does not change a score.
+            views: parts of a picture that are looked at, "center", "five" or "grid" as `runtime.views.view_anchors`
+                has them. Their logits and similarities are averaged before the calibration, whose thresholds were
+                fitted on the middle alone; `evidence` is that of the middle.
+            stability: score each picture re-encoded and rescaled as well (`runtime.changes.CHANGES`). A verdict that
+                is another one on a changed picture becomes "uncertain"; the other numbers are the unchanged picture's.
 
         Raises:
-            UsageError: a single picture instead of a list, a bad batch_size, or the detector is closed.
+            UsageError: a single picture instead of a list, a bad batch_size, unknown views, or the detector is closed.
         """
-        return list(self.stream(sources, batch_size=batch_size))
+        return list(self.stream(sources, batch_size=batch_size, views=views, stability=stability))
 
-    def stream(self, sources: Iterable[PictureSource], *, batch_size: int = 32) -> Iterator[Detection]:
+    def stream(
+        self,
+        sources: Iterable[PictureSource],
+        *,
+        batch_size: int = 32,
+        views: Views = "center",
+        stability: bool = False,
+    ) -> Iterator[Detection]:
         """The same as `predict`, but each batch is handed out when it is done, and sources are taken as needed.
 
+        Files are decoded in threads while the back-end works on the batches before. At most three batches are read
+        ahead, so memory does not grow with the number of sources. Where taking a source fails, the Detections of
+        those before it come first, then the error.
+
         Raises:
-            UsageError: a single picture instead of a list, a bad batch_size, or the detector is closed.
+            UsageError: a single picture instead of a list, a bad batch_size, unknown views, or the detector is closed.
         """
-        _require_positive("batch_size", batch_size)
-        _require_many(sources)
+        require_positive("batch_size", batch_size)
+        require_many(sources)
         self._opened()
-        return self._stream(iter(sources), batch_size)
+        return self._stream(sources, batch_size, looks_of(views, stability))
+
+    def prepare(self, source: PictureSource, *, name: str, looks: Looks) -> PreparedPicture:
+        """A picture as the graph takes it: the first half of `predict`.
+
+        Args:
+            source: as for `predict`.
+            name: of the picture, for people.
+            looks: how it is looked at, from `looks_of`.
+        """
+        try:
+            crops = picture_crops(source, self.manifest.preprocess, looks, max_pixels=self._max_pixels)
+        except PictureError as error:
+            return PreparedPicture(name, looks, error)
+        # Whoever hands in an array may fill it anew while the crops wait for the back-end.
+        return PreparedPicture(name, looks, [crop.copy() for crop in crops] if is_array(source) else crops)
+
+    def score(self, pictures: Sequence[PreparedPicture], *, batch_size: int = 32) -> list[Detection]:
+        """Detections of prepared pictures: the second half of `predict`.
+
+        Args:
+            pictures: from `prepare`; only those that could be read go to the back-end.
+            batch_size: crops scored at once; it does not change a score.
+
+        Raises:
+            UsageError: the detector is closed.
+            BackendError: the back-end failed.
+        """
+        crops = [crop for picture in pictures if not isinstance(picture.crops, PictureError) for crop in picture.crops]
+        with self._using_backend() as backend:
+            outputs = _inferred(backend, crops, batch_size) if crops else None
+        first, detections = 0, []
+        for name, looks, found in pictures:
+            if isinstance(found, PictureError) or outputs is None:
+                detections.append(failed_detection(name, str(found)))
+            else:
+                rows = slice(first, first + len(found))
+                first = rows.stop
+                detections.append(self._detection(name, Outputs(*(array[rows] for array in outputs)), looks))
+        return detections
+
+    def warm_up(self, *batch_sizes: int) -> None:
+        """Scores black pictures, so that the back-end has allocated what it needs.
+
+        Args:
+            batch_sizes: pictures in each batch.
+
+        Raises:
+            UsageError: a batch size is not a positive whole number, or the detector is closed.
+            BackendError: the back-end failed.
+        """
+        size = self.manifest.preprocess
+        for batch_size in batch_sizes:
+            require_positive("batch size", batch_size)
+            with self._using_backend() as backend:
+                backend.infer(np.zeros((batch_size, size.height, size.width, 3), np.uint8))
 
     def close(self) -> None:
-        """Releases the back-end and the decoding threads; may be called twice."""
-        if self._backend is not None:
+        """Releases the back-end, once nothing is inferred any more, and the decoding threads; may be called twice."""
+        with self._idle:
+            backend, self._backend = self._backend, None
+            while self._users:
+                self._idle.wait()
+        if backend is not None:
             self._pool.shutdown(cancel_futures=True)
-            self._backend.close()
-            self._backend = None
+            backend.close()
 
     def __enter__(self) -> Detector:
         return self
@@ -206,101 +310,100 @@ class Detector:
             raise UsageError("detector", got="a closed one", wanted="an open one", remedy="load it again")
         return self._backend
 
-    def _stream(self, sources: Iterator[PictureSource], batch_size: int) -> Iterator[Detection]:
-        first = 0
-        while batch := list(islice(sources, batch_size)):
-            names = [_source_name(source, first + index) for index, source in enumerate(batch)]
-            yield from self._detect(names, batch)
-            first += len(batch)
-
-    def _detect(self, names: list[str], batch: list[PictureSource]) -> list[Detection]:
-        """Detections of one batch; only the pictures that could be read go to the back-end."""
-        backend = self._opened()
-        prepared = self._prepare_batch(batch)
-        images = [image for image in prepared if not isinstance(image, PictureError)]
-        outputs = backend.infer(np.stack(images)) if images else None
-        rows = iter(range(len(images)))
-        return [
-            _failed(name, str(image))
-            if isinstance(image, PictureError) or outputs is None
-            else self._detection(name, outputs, next(rows))
-            for name, image in zip(names, prepared, strict=True)
-        ]
-
-    def _prepare_batch(self, batch: list[PictureSource]) -> list[NDArray[np.uint8] | PictureError]:
-        # Files and bytes are independent of each other; an image or a stream given twice is not.
-        futures = {
-            index: self._pool.submit(self._prepare, source)
-            for index, source in enumerate(batch)
-            if isinstance(source, (str, os.PathLike, bytes))
-        }
-        return [
-            futures[index].result() if index in futures else self._prepare(source) for index, source in enumerate(batch)
-        ]
-
-    def _prepare(self, source: PictureSource) -> NDArray[np.uint8] | PictureError:
+    @contextmanager
+    def _using_backend(self) -> Iterator[Backend]:
+        """The back-end, which is not closed meanwhile."""
+        with self._idle:
+            backend = self._opened()
+            self._users += 1
         try:
-            return prepare(decode_picture(source, max_pixels=self._max_pixels), self.manifest.preprocess)
-        except PictureError as error:
-            return error
+            yield backend
+        finally:
+            with self._idle:
+                self._users -= 1
+                self._idle.notify_all()
 
-    def _detection(self, name: str, outputs: Outputs, row: int) -> Detection:
-        logit, similarity = float(outputs.logits[row]), float(outputs.trace_similarity[row])
-        evidence = self._calibration.calibrated(outputs.evidence[row]).astype(np.float32)
-        if not (np.isfinite(logit) and np.isfinite(similarity) and np.isfinite(evidence).all()):
+    def _stream(self, sources: Iterable[PictureSource], batch_size: int, looks: Looks) -> Iterator[Detection]:
+        def score(begun: list[PreparedPicture | Future[PreparedPicture]]) -> list[Detection]:
+            return self.score([self._prepared(picture) for picture in begun], batch_size=batch_size)
+
+        pictures = max(1, batch_size // looks.most_crops)
+        begin = partial(self._begin_preparing, looks)
+        for detection in pipelined(enumerate(sources), begin, score, batch_size=pictures):
+            self._opened()
+            yield detection
+
+    def _begin_preparing(
+        self, looks: Looks, numbered: tuple[int, PictureSource]
+    ) -> PreparedPicture | Future[PreparedPicture]:
+        index, source = numbered
+        name = source_name(source, index)
+        self._opened()
+        if is_file(source):
+            return self._pool.submit(self.prepare, source, name=name, looks=looks)
+        return self.prepare(source, name=name, looks=looks)
+
+    def _prepared(self, begun: PreparedPicture | Future[PreparedPicture]) -> PreparedPicture:
+        try:
+            return begun.result() if isinstance(begun, Future) else begun
+        except CancelledError:
+            self._opened()  # `close` gave up what was not yet begun
+            raise
+
+    def _detection(self, name: str, outputs: Outputs, looks: Looks) -> Detection:
+        """Detection of one source.
+
+        Args:
+            name: of the source.
+            outputs: of its crops alone, in the order of `prepare`.
+            looks: as `prepare` was told.
+        """
+        changes = len(looks.changes)
+        # Over the views of each change, in float64: the mean of one value is that value.
+        logits = outputs.logits.astype(np.float64).reshape(changes, -1).mean(axis=1)
+        similarities = outputs.trace_similarity.astype(np.float64).reshape(changes, -1).mean(axis=1)
+        evidence = self._calibration.calibrated(outputs.evidence[0]).astype(np.float32)
+        if not all(np.isfinite(values).all() for values in (logits, similarities, evidence)):
             error = PictureError(
                 name,
                 got="a score that is not a finite number",
                 wanted="finite outputs",
                 remedy=f"choose another precision than {self.info.precision}, and report the picture",
             )
-            return _failed(name, str(error))
+            return failed_detection(name, str(error))
+        probabilities, verdicts = self._calibration.fake_probability(logits), self._calibration.verdicts(logits)
+        found = stability_of(looks.changes, probabilities, verdicts) if changes > 1 else None
         return Detection(
             source=name,
-            fake_probability=float(self._calibration.fake_probability(logit)),
-            verdict=_verdict(str(self._calibration.verdicts(logit))),
-            trace_similarity=similarity,
+            fake_probability=float(probabilities[0]),
+            verdict=_verdict("uncertain" if found is not None and found.flips else str(verdicts[0])),
+            trace_similarity=float(similarities[0]),
             evidence=evidence,
             error=None,
+            stability=found,
         )
 
 
-def _failed(name: str, error: str) -> Detection:
+def looks_of(views: Views, stability: bool) -> Looks:
+    """How pictures are looked at, by the arguments of `Detector.predict`.
+
+    Raises:
+        UsageError: unknown views.
+    """
+    return Looks(require_views(views), CHANGES if stability else UNCHANGED)
+
+
+def _inferred(backend: Backend, crops: list[NDArray[np.uint8]], batch_size: int) -> Outputs:
+    """Outputs of one or more crops, at most `batch_size` at once."""
+    batches = [backend.infer(np.stack(crops[first : first + batch_size])) for first in range(0, len(crops), batch_size)]
+    return batches[0] if len(batches) == 1 else Outputs(*map(np.concatenate, zip(*batches, strict=True)))
+
+
+def failed_detection(name: str, error: str) -> Detection:
+    """Detection of a picture without a verdict."""
     return Detection(name, None, None, None, None, error)
 
 
 def _verdict(text: str) -> Verdict:
     verdicts: dict[str, Verdict] = {"real": "real", "uncertain": "uncertain", "fake": "fake"}
     return verdicts[text]
-
-
-def _source_name(source: object, index: int) -> str:
-    """Path of a source that has one, otherwise what it is and its place among the sources."""
-    carried = getattr(source, "filename", None) or getattr(source, "name", None)
-    named = isinstance(source, (str, os.PathLike)) or isinstance(carried, (str, os.PathLike))
-    return describe_source(source) if named else f"#{index} ({describe_source(source)})"
-
-
-def _require_many(sources: object) -> None:
-    """Nothing for a collection of pictures; a str or an array would else be taken apart character by row."""
-    if isinstance(sources, np.ndarray) and sources.ndim == 4:
-        return
-    single = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
-    if isinstance(sources, single) or hasattr(sources, "read") or not isinstance(sources, Iterable):
-        raise UsageError(
-            "sources",
-            got=f"one {type(sources).__name__}",
-            wanted="a list, or another iterable, of pictures",
-            remedy="put a single picture in a list: predict([picture])",
-        )
-
-
-def _require_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        _refuse_number(name, value)
-
-
-def _refuse_number(name: str, value: object) -> NoReturn:
-    raise UsageError(
-        name, got=repr(value), wanted="a whole number of at least 1", remedy="leave it out for the default"
-    )

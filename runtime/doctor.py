@@ -14,10 +14,12 @@ from runtime.backends import BACKENDS, Probe, probe_backend
 from runtime.backends.base import installed_version
 from runtime.backends.cuda_driver import CudaDriver, cuda_driver
 from runtime.fused_loss import FusedLoss, probe_fused_loss
+from runtime.jpeg_region import why_in_full
+from runtime.turbojpeg import find_turbojpeg
 
 _PACKAGES = (
     "ntf-toolkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx",
-    "cuda-bindings", "pycuda", "onnx", "torch", "timm",
+    "cuda-bindings", "pycuda", "pylibjxl", "onnx", "torch", "timm",
 )  # fmt: skip
 _TOOLS = ("c++", "g++", "clang++", "nvcc", "ninja")
 # flavour, package on the index, extra of this distribution
@@ -34,6 +36,14 @@ class EngineBuilder:
 
 
 @dataclass(frozen=True)
+class JpegDecoding:
+    """Library that decodes the wanted part of a JPEG file alone, or why Pillow decodes every file in full."""
+
+    library: str | None
+    why_in_full: str
+
+
+@dataclass(frozen=True)
 class DoctorReport:
     """Everything `ntf doctor` found.
 
@@ -47,6 +57,7 @@ class DoctorReport:
         tools: first line that each compiler prints about itself; None where it is not on the path.
         engine_builders: TensorRT flavours for the export.
         fused_loss: the training extension.
+        jpeg: how JPEG files are decoded.
         warnings: what is wrong.
         advice: what to install for what is missing.
     """
@@ -60,6 +71,7 @@ class DoctorReport:
     tools: dict[str, str | None]
     engine_builders: tuple[EngineBuilder, ...]
     fused_loss: FusedLoss
+    jpeg: JpegDecoding
     warnings: tuple[str, ...]
     advice: tuple[str, ...]
 
@@ -83,6 +95,7 @@ def examine() -> DoctorReport:
     builders = tuple(EngineBuilder(flavour, package, packages[package]) for flavour, package, _ in _ENGINE_BUILDERS)
     cuda = cuda_driver()
     fused_loss = probe_fused_loss()
+    jpeg = JpegDecoding(find_turbojpeg().path, why_in_full())
     return DoctorReport(
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
@@ -93,8 +106,9 @@ def examine() -> DoctorReport:
         tools={tool: _tool_version(tool) for tool in _TOOLS},
         engine_builders=builders,
         fused_loss=fused_loss,
+        jpeg=jpeg,
         warnings=tuple(_warnings(packages, probes, fused_loss)),
-        advice=tuple(_advice(packages, probes, builders, cuda, fused_loss)),
+        advice=(*_advice(packages, probes, builders, cuda, fused_loss), *_jpeg_advice(jpeg)),
     )
 
 
@@ -107,6 +121,12 @@ def report_text(report: DoctorReport) -> str:
     for probe in report.backends:
         state = f"runs on {probe.device}" if probe.runs else "does not run"
         lines.append(f"  {probe.name:<16} {state}: {probe.reason}")
+    lines.append("JPEG files (either way gives the same pixels)")
+    lines.append(
+        f"  decoded in full: {report.jpeg.why_in_full}"
+        if report.jpeg.why_in_full
+        else f"  only the wanted part of a plain, complete file is decoded, with {report.jpeg.library}"
+    )
     lines.append("engine builders (for the export; this version has no back-end that runs engines)")
     lines += [f"  {b.flavour:<4} {b.package:<14} {b.version or 'not installed'}" for b in report.engine_builders]
     lines.append("compilers (for the training extension)")
@@ -161,6 +181,14 @@ def _advice(
     if packages["torch"] and fused_loss.state == "built" and cuda.devices and not fused_loss.cuda_targets:
         advice.append(f"for the fused loss on this GPU ({fused_loss.detail}): python -m cpp_ext.build")
     return advice
+
+
+def _jpeg_advice(jpeg: JpegDecoding) -> list[str]:
+    if jpeg.library is not None:
+        return []
+    return [
+        'to read large JPEG files several times faster: pip install "ntf-toolkit[jpeg]", or libjpeg-turbo 3 by hand'
+    ]
 
 
 def _tool_version(tool: str) -> str | None:

@@ -5,6 +5,9 @@
       BackendError     a back-end or precision that was asked for cannot run here
       PictureError     one picture cannot be read or is outside the stated limits
       UsageError       an argument does not make sense
+      QueueFullError   as many requests wait as may wait
+      DeadlineError    the time that a request was given passed before it was answered
+      ClosedError      what was asked is closed, or was closed before it answered
       (train.errors and export.errors derive theirs from NTFError as well)
 
 Each message has four parts: what it is about, what was given, what was wanted, and what to do.
@@ -53,3 +56,15 @@ class PictureError(NTFError):
 
 class UsageError(NTFError):
     """An argument or a combination of arguments does not make sense."""
+
+
+class QueueFullError(NTFError):
+    """As many requests wait as may wait; the one that was made now was not taken."""
+
+
+class DeadlineError(NTFError):
+    """The time that a request was given passed before it was answered."""
+
+
+class ClosedError(NTFError):
+    """What was asked is closed, or was closed before it answered."""

@@ -7,12 +7,29 @@ never resampled, because resampling rewrites the very traces that the detector r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import PictureError, UsageError
+
+
+class Part(NamedTuple):
+    """A rectangle of a picture, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """View (height, width, 3) of this part of a picture (h, w, 3)."""
+        return rgb[self.top : self.top + self.height, self.left : self.left + self.width]
+
+    def within(self, outer: Part) -> Part:
+        """The same rectangle, with its place counted from the corner of a part that holds it."""
+        return self._replace(top=self.top - outer.top, left=self.left - outer.left)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from runtime.errors import UsageError
 from runtime.picture_paths import expand_pictures
 
 ROOT = Path(runtime.__file__).parent.parent
-FIELDS = ["source", "fake_probability", "verdict", "trace_similarity", "evidence", "error"]
+FIELDS = ["source", "fake_probability", "verdict", "trace_similarity", "evidence", "error", "stability"]
 
 
 @pytest.fixture
@@ -153,6 +153,7 @@ def test_model_may_be_a_zip(pictures, tiny_bundle, tmp_path, capsys):
         (["--precision", "int8"], "these ONNX precisions: fp32"),
         (["--batch-size", "0"], "batch_size: got 0"),
         (["--threads", "-1"], "threads: got -1"),
+        (["--views", "all"], "views: got 'all'"),
     ],
 )
 def test_option_that_cannot_be_met_gives_status_2(pictures, work, capsys, arguments, message):
@@ -200,6 +201,32 @@ def test_batch_size_does_not_change_the_output(pictures, work, capsys, batch_siz
         assert got["fake_probability"] == pytest.approx(want["fake_probability"], abs=1e-6)
 
 
+def test_views_are_those_that_were_named(pictures, work, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8)).save(pictures / "b.png")
+    scores = []
+    for views in ("center", "five", "grid"):
+        assert _predict("--json", "--views", views, pictures / "b.png") == 0
+        scores.append(json.loads(capsys.readouterr().out)["fake_probability"])
+    with runtime.Detector.load(work / "models" / "tiny", backend="onnxruntime", threads=1) as detector:
+        named = [
+            detector.predict([pictures / "b.png"], views=v)[0].fake_probability for v in ("center", "five", "grid")
+        ]
+    assert scores == named
+    assert len(set(scores)) == 3
+
+
+def test_stability_has_columns_of_its_own_and_json_has_its_scores(pictures, work, capsys):
+    assert _predict("--stability", "gone.jpg", pictures / "b.png") == 1
+    header, failed, scored = capsys.readouterr().out.splitlines()
+    assert header.split() == ["verdict", "fake", "similarity", "spread", "unchanged", "picture"]
+    assert failed[header.index("picture") :].startswith("gone.jpg: got no such file")
+    assert _predict("--stability", "--json", pictures / "b.png") == 0
+    stability = json.loads(capsys.readouterr().out)["stability"]
+    cells = scored.split()
+    assert cells[4:7] == [f"{100 * stability['spread']:.2f}", "%", stability["verdict"]]
+    assert cells[7] == str(pictures / "b.png")
+
+
 # as a process
 
 
@@ -213,11 +240,11 @@ def test_module_runs_as_a_program(pictures, work):
 
 def test_each_batch_is_printed_when_it_is_done(pictures, work):
     code = (
-        "import sys, runtime.detector as d\nreal = d.decode_picture\n"
-        "def decode(source, **options):\n"
+        "import sys, runtime.changes as v\nreal = v.decode_part\n"
+        "def decode(source, *arguments, **options):\n"
         "    if 'late' in source: sys.stdin.readline()\n"
-        "    return real(source, **options)\n"
-        "d.decode_picture = decode\nfrom runtime.cli import main\n"
+        "    return real(source, *arguments, **options)\n"
+        "v.decode_part = decode\nfrom runtime.cli import main\n"
         f"sys.exit(main(['predict', '--backend', 'onnxruntime', '--batch-size', '4', {str(pictures)!r}, 'late.png']))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}

@@ -90,6 +90,41 @@ def test_contiguous_array_is_not_copied():
     np.testing.assert_array_equal(flipped, RAMP[:, ::-1])
 
 
+class Foreign:
+    """An array of another library: it shows its memory with DLPack, and says where that is."""
+
+    def __init__(self, values, device=1):
+        self.values, self.shape, self.device = values, values.shape, device
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.device, 0
+
+
+def test_array_of_another_library_is_read_without_a_copy():
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    decoded = decode_picture(Foreign(rgb))
+    np.testing.assert_array_equal(decoded, rgb)
+    assert np.shares_memory(decoded, rgb)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (Foreign(np.zeros((4, 4, 3), np.uint8), device=2), r"Foreign \(4, 4, 3\): got an array on DLPack device 2"),
+        (Foreign(np.zeros((4, 4, 3), np.float32)), r"got float32 \(4, 4, 3\), wanted uint8"),
+        (Foreign(np.zeros((3, 4, 4), np.uint8)), r"got uint8 \(3, 4, 4\), wanted uint8"),
+        (Foreign(np.zeros((4, 4), np.uint8)), r"got uint8 \(4, 4\), wanted uint8"),
+        (Foreign(np.zeros((4, 4, 3), object)), "got an array that is not given out"),
+    ],
+)
+def test_array_of_another_library_that_cannot_be_read_is_refused(array, message):
+    with pytest.raises(PictureError, match=message):
+        decode_picture(array)
+
+
 def test_single_pixel_decodes():
     assert _decode(_encoded(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG")).tolist() == [[[9, 8, 7]]]
 
@@ -362,7 +397,7 @@ def test_huge_header_is_refused_whatever_pillow_would_allow(monkeypatch):
         decode_picture(_png(60000, 60000, rows=b"\0"))
 
 
-@pytest.mark.parametrize("source", [RAMP, Image.fromarray(RAMP), _encoded(Image.fromarray(RAMP), "PNG")])
+@pytest.mark.parametrize("source", [RAMP, Foreign(RAMP), Image.fromarray(RAMP), _encoded(Image.fromarray(RAMP), "PNG")])
 def test_pixel_limit_is_inclusive_and_holds_for_every_source(source):
     assert decode_picture(source, max_pixels=24 * 32).shape == RAMP.shape
     with pytest.raises(PictureError, match="32x24 pixels, wanted at most 767 pixels"):

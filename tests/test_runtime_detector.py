@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -14,6 +16,7 @@ from PIL import Image
 from runtime import Detector
 from runtime.errors import BackendError, BundleError, UsageError
 
+ROOT = Path(__file__).parents[1]
 BACKENDS = ("onnxruntime", "openvino")
 # Largest difference measured between a picture alone and in a batch of 33, over both back-ends: 6e-8.
 BATCH_TOLERANCE = 1e-6
@@ -121,20 +124,6 @@ def test_no_pictures_give_no_detections(detector):
     assert detector.predict([]) == []
 
 
-def test_generator_is_consumed_one_batch_at_a_time(detector):
-    taken = []
-
-    def pictures():
-        for index, rgb in enumerate(random_images(6)):
-            taken.append(index)
-            yield rgb
-
-    stream = detector.stream(pictures(), batch_size=2)
-    next(stream)
-    assert taken == [0, 1]
-    assert len(list(stream)) == 5
-
-
 @pytest.mark.parametrize(
     "single",
     ["a.jpg", Path("a.jpg"), b"bytes", random_images(1)[0], Image.new("RGB", (4, 4)), io.BytesIO(b"x"), 5, None],
@@ -227,9 +216,18 @@ def test_closed_detector_refuses_and_may_be_closed_twice(tiny_bundle):
     assert "closed" in repr(opened)
 
 
+def test_warming_up_infers_a_batch_of_each_size(detector, monkeypatch):
+    infer, sizes = detector._backend.infer, []
+    monkeypatch.setattr(detector._backend, "infer", lambda images: sizes.append(images.shape) or infer(images))
+    detector.warm_up(1, 5)
+    assert sizes == [(1, 16, 16, 3), (5, 16, 16, 3)]
+    with pytest.raises(UsageError, match="batch size: got 0"):
+        detector.warm_up(0)
+
+
 def test_detection_as_json_has_exactly_its_field_names(detector):
     good, bad = detector.predict([random_images(1)[0], b""])
-    fields = ["source", "fake_probability", "verdict", "trace_similarity", "evidence", "error"]
+    fields = ["source", "fake_probability", "verdict", "trace_similarity", "evidence", "error", "stability"]
     for detection in (good, bad):
         plain = json.loads(json.dumps(detection.to_json(), allow_nan=False))
         assert list(plain) == fields
@@ -289,6 +287,29 @@ def test_several_threads_may_predict_at_once(tiny_bundle, backend):
     assert len(results) == 4
     for result in results.values():
         np.testing.assert_allclose(result, expected, atol=BATCH_TOLERANCE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_process_lives_on_while_detectors_and_threads_come_and_go(tiny_bundle, backend):
+    code = (
+        "import sys, threading\n"
+        "import numpy as np\n"
+        "from runtime import Detector\n"
+        "images = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)\n"
+        "for _ in range(60):\n"
+        "    with Detector.load(sys.argv[1], backend=sys.argv[2]) as detector:\n"
+        "        detector.predict(images)\n"
+        "        threads = [threading.Thread(target=detector.predict, args=(images,), kwargs={'batch_size': 5})"
+        " for _ in range(4)]\n"
+        "        for thread in threads: thread.start()\n"
+        "        for thread in threads: thread.join()\n"
+        "print('fine')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tiny_bundle, backend], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr[-2000:]
 
 
 def test_one_pillow_image_given_many_times_is_scored_each_time(detector, tmp_path):

@@ -13,6 +13,7 @@ from runtime.backends import BACKENDS, Probe
 from runtime.cli import main
 from runtime.doctor import examine, report_text
 from runtime.fused_loss import probe_fused_loss
+from runtime.turbojpeg import TurboJpeg
 
 
 def _probe(*running):
@@ -47,6 +48,7 @@ def test_json_report_has_the_fields_of_the_report(capsys):
     assert {"python", "packages", "backends", "cuda", "tools", "engine_builders", "warnings", "advice"} <= set(plain)
     assert {"state", "instruction_sets", "cuda_targets", "detail"} == set(plain["fused_loss"])
     assert plain["backends"][1]["name"] == "onnxruntime"
+    assert {"library", "why_in_full"} == set(plain["jpeg"])
 
 
 def test_nothing_installed_gives_status_1_and_says_what_to_install(monkeypatch, capsys):
@@ -57,6 +59,22 @@ def test_nothing_installed_gives_status_1_and_says_what_to_install(monkeypatch, 
     assert "NOT READY" in out
     assert 'for the back-end openvino: pip install "ntf-toolkit[cpu]"' in out
     assert 'to build engines with `python -m export.trt`: pip install "ntf-toolkit[trt]"' in out
+
+
+def test_missing_jpeg_library_is_told_with_what_to_install(monkeypatch):
+    monkeypatch.setattr("runtime.doctor.find_turbojpeg", lambda: TurboJpeg(None, "no libjpeg-turbo 3 was found", None))
+    monkeypatch.setattr("runtime.doctor.why_in_full", lambda: "no libjpeg-turbo 3 was found")
+    text = report_text(examine())
+    assert "decoded in full: no libjpeg-turbo 3 was found" in text
+    assert 'to read large JPEG files several times faster: pip install "ntf-toolkit[jpeg]"' in text
+
+
+def test_jpeg_library_that_is_there_is_named(monkeypatch):
+    monkeypatch.setattr("runtime.doctor.find_turbojpeg", lambda: TurboJpeg("libturbojpeg.so.0", "", object()))
+    monkeypatch.setattr("runtime.doctor.why_in_full", lambda: "")
+    text = report_text(examine())
+    assert "only the wanted part of a plain, complete file is decoded, with libturbojpeg.so.0" in text
+    assert "ntf-toolkit[jpeg]" not in text
 
 
 def test_both_onnxruntime_packages_are_warned_about(monkeypatch):

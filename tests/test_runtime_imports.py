@@ -35,6 +35,12 @@ def test_importing_runtime_needs_and_loads_nothing_heavy():
     assert not {"numpy", "PIL"} & {name.split(".")[0] for name in loaded.split()}
 
 
+def test_importing_what_most_programs_use_leaves_out_what_costs_most():
+    loaded = _python("import sys\nfrom runtime import Detector, DetectorService\nprint(*sys.modules)").split()
+    assert "runtime.service" in loaded
+    assert not {"asyncio", "importlib.metadata", "email", "ssl", "multiprocessing", "http"} & set(loaded)
+
+
 def test_every_module_imports_and_every_public_name_resolves_without_a_backend():
     code = "import importlib, runtime\n" + _BLOCK.format(blocked=HEAVY)
     code += f"for name in {MODULES!r}: importlib.import_module(name)\n"

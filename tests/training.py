@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+# The benchmarks train on the same pictures, and import nothing of the tests.
+from benchmarks.pictures import GENERATOR as GENERATOR
+from benchmarks.pictures import write_pictures as write_pictures
 from train.config import (
     AugmentConfig,
     DecisionConfig,
@@ -24,33 +25,6 @@ from train.config import (
 from train.loop import StageLoop
 
 TINY_ENCODER = "test_resnet"  # timm's own test model: 160 px, 0.4 M parameters, residual connections
-GENERATOR = "halved"
-
-
-def write_pictures(root: Path, *, counts: dict[str, int], side: int = 176, seed: int = 0) -> Path:
-    """Noise with structure as "real"; the same at half resolution and half as bright as "fake".
-
-    The brightness is there so that an encoder with random weights can tell the two apart after a few steps.
-
-    Args:
-        root: folder to make `<split>/halved/{0_real,1_fake}/` in.
-        counts: pictures of each class in each split.
-        side: of the square pictures, in pixels.
-        seed: of the noise.
-    """
-    rng = np.random.default_rng(seed)
-    for split, count in counts.items():
-        for index in range(count):
-            coarse = rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
-            base = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC), dtype=np.int16)
-            real = np.clip(base + rng.normal(0, 24, base.shape), 0, 255).astype(np.uint8)
-            small = Image.fromarray(real).resize((side // 2, side // 2), Image.Resampling.BOX)
-            fake = np.asarray(small.resize((side, side), Image.Resampling.NEAREST)) // 2
-            for folder, pixels in (("0_real", real), ("1_fake", fake)):
-                path = root / split / GENERATOR / folder / f"{index:03}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path)
-    return root
 
 
 def tiny_config(data: Path, *, encoder: str = TINY_ENCODER, **changes: object) -> RunConfig:

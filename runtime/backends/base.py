@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
@@ -71,6 +70,8 @@ class Probe:
 
 def installed_version(*distributions: str) -> str | None:
     """Version of the first of some distributions that is installed, or None."""
+    from importlib import metadata  # a third of the time that importing this package would take
+
     for distribution in distributions:
         try:
             return metadata.version(distribution)

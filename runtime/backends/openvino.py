@@ -66,9 +66,12 @@ class OpenVinoBackend:
     def infer(self, images: NDArray[np.uint8]) -> Outputs:
         """Outputs for images (N, H, W, 3) uint8."""
         with self._lock:
-            # Shared outputs would be overwritten by the next batch.
-            results = self._request.infer({INPUT_NAME: images}, share_outputs=False)
-            arrays = {name: results[name] for name in OUTPUTS}
+            # In OpenVINO's own threads: inferred in the caller's (`infer`), graphs that are opened and closed while
+            # threads come and go leave a broken heap, as seen with 2026.4.1.
+            self._request.start_async({INPUT_NAME: images}, share_inputs=False)
+            self._request.wait()
+            # The request's own arrays are overwritten by the next batch.
+            arrays = {name: np.array(self._request.results[name]) for name in OUTPUTS}
         return checked_outputs(arrays, len(images), self._manifest)
 
     def close(self) -> None:
