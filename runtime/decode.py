@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from runtime.errors import PictureError
+from runtime.errors import PictureError, PictureFormatError, PictureTooLargeError
 from runtime.jpeg_region import decode_jpeg_part, why_in_full
 from runtime.pillow_guard import neutral_pillow
 from runtime.preprocess import Part, require_rgb
@@ -127,6 +127,28 @@ def whole_part(height: int, width: int) -> Part:
     return Part(0, 0, height, width)
 
 
+def check_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Nothing for the bytes of a picture file whose header is of a known format and within the limit.
+
+    Args:
+        data: content of the file; its pixels are not decoded, so they may still be damaged.
+        max_pixels: largest height times width that is accepted.
+
+    Raises:
+        PictureFormatError: the data are of no known format.
+        PictureTooLargeError: the header claims more pixels.
+        PictureError: the header is damaged.
+    """
+    name = describe_source(data)
+    with (
+        _as_picture_error(name),
+        neutral_pillow(max_pixels),
+        _opened(data, name) as stream,
+        _identified(stream, name) as image,
+    ):
+        _require_size(name, *image.size, max_pixels)
+
+
 def describe_source(source: object) -> str:
     """Name of a picture source for people: its path, the file name it carries, or the kind of object."""
     if isinstance(source, (str, os.PathLike)):
@@ -164,7 +186,9 @@ def _as_picture_error(name: str) -> Iterator[None]:
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
-        raise _refusal(name, f"too many pixels ({error})", "a picture within the limit", "scale it down") from error
+        raise PictureTooLargeError(
+            name, got=f"too many pixels ({error})", wanted="a picture within the limit", remedy="scale it down"
+        ) from error
     except MemoryError as error:
         raise _refusal(name, "no memory left to decode it", _WANTED, "decode fewer at once") from error
     except Exception as error:
@@ -229,18 +253,20 @@ def _identified(stream: BinaryIO, name: str) -> Image.Image:
     try:
         return Image.open(stream, formats=formats)
     except UnidentifiedImageError as error:
-        raise _refusal(name, "data of no known picture format", _WANTED, "convert it to PNG or JPEG") from error
+        raise PictureFormatError(
+            name, got="data of no known picture format", wanted=_WANTED, remedy="convert it to PNG or JPEG"
+        ) from error
 
 
 def _require_size(name: str, width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise _refusal(name, f"{width}x{height} pixels", "at least 1x1", "replace the file with an intact one")
     if width * height > max_pixels:
-        raise _refusal(
+        raise PictureTooLargeError(
             name,
-            f"{width}x{height} pixels",
-            f"at most {max_pixels} pixels in all",
-            "crop it, or raise max_pixels if memory allows",
+            got=f"{width}x{height} pixels",
+            wanted=f"at most {max_pixels} pixels in all",
+            remedy="crop it, or raise max_pixels if memory allows",
         )
 
 

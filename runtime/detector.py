@@ -283,6 +283,19 @@ class Detector:
             with self._using_backend() as backend:
                 backend.infer(np.zeros((batch_size, size.height, size.width, 3), np.uint8))
 
+    def infer(self, images: NDArray[np.uint8]) -> Outputs:
+        """Raw outputs of the graph, not calibrated.
+
+        Args:
+            images: (N, H, W, 3) uint8 from `prepare`, N from 1.
+
+        Raises:
+            UsageError: the detector is closed.
+            BackendError: the back-end failed.
+        """
+        with self._using_backend() as backend:
+            return backend.infer(images)
+
     def close(self) -> None:
         """Releases the back-end, once nothing is inferred any more, and the decoding threads; may be called twice."""
         with self._idle:

@@ -4,6 +4,8 @@
       BundleError      a model bundle is missing, damaged or of an unknown schema
       BackendError     a back-end or precision that was asked for cannot run here
       PictureError     one picture cannot be read or is outside the stated limits
+        PictureFormatError   it is of no known picture format
+        PictureTooLargeError it has more pixels than are accepted
       UsageError       an argument does not make sense
       QueueFullError   as many requests wait as may wait
       DeadlineError    the time that a request was given passed before it was answered
@@ -52,6 +54,14 @@ class BackendError(NTFError):
 
 class PictureError(NTFError):
     """One picture cannot be read or is outside the stated limits."""
+
+
+class PictureFormatError(PictureError):
+    """Data of no known picture format."""
+
+
+class PictureTooLargeError(PictureError):
+    """A picture has more pixels than are accepted."""
 
 
 class UsageError(NTFError):

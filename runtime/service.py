@@ -11,10 +11,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from runtime.admission import Admission, closed_error
 from runtime.arguments import require_duration, require_positive
+from runtime.backends.base import Outputs
 from runtime.batching import Answered, BatchObserver, DynamicBatcher
 from runtime.changes import Looks
 from runtime.decode import MAX_PIXELS, PictureSource, describe_source
@@ -27,7 +31,7 @@ from runtime.detector import (
     failed_detection,
     looks_of,
 )
-from runtime.errors import ClosedError, PictureError
+from runtime.errors import ClosedError, PictureError, UsageError
 from runtime.manifest import ModelManifest
 from runtime.pipeline import BATCHES_AHEAD
 from runtime.sources import is_array, is_file, require_many, source_name
@@ -41,6 +45,17 @@ class _Picture:
     name: str
     source: PictureSource
     looks: Looks
+
+
+@dataclass(frozen=True)
+class _Crop:
+    """What the graph takes, handed in as it is; its raw outputs are wanted."""
+
+    image: NDArray[np.uint8]
+
+
+_Item: TypeAlias = "_Picture | PreparedPicture | _Crop"
+_Ready: TypeAlias = "PreparedPicture | _Crop"
 
 
 class DetectorService:
@@ -175,6 +190,29 @@ class DetectorService:
         if timeout_s is not None:
             require_duration("timeout_s", timeout_s)
         return self._submit(_Picture(describe_source(source), source, looks_of(views, stability)), timeout_s=timeout_s)
+
+    def submit_crops(self, images: NDArray[np.uint8], *, timeout_s: float | None = None) -> list[Future[Outputs]]:
+        """Futures of the raw outputs of the graph, one for each crop; they share batches with pictures.
+
+        Args:
+            images: (N, H, W, 3) uint8, H and W as in the manifest; copied before this returns.
+            timeout_s: as for `submit`.
+
+        Raises:
+            QueueFullError: there is no room for all of them; none is taken then.
+            ClosedError: the service is closed.
+            UsageError: timeout_s is no positive number, or the images have another shape or type.
+        """
+        if timeout_s is not None:
+            require_duration("timeout_s", timeout_s)
+        futures: list[Future[Outputs]] = []
+        try:
+            futures.extend(self._submit(_Crop(image), timeout_s=timeout_s) for image in np.array(images))
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return futures
 
     async def detect(
         self,
@@ -314,7 +352,7 @@ class DetectorService:
             observer=self._observer,
         )
 
-    def _submit(self, picture: _Picture, *, timeout_s: float | None = None, block: bool = False) -> Future[Detection]:
+    def _submit(self, picture: _Picture | _Crop, *, timeout_s: float | None = None, block: bool = False) -> Future[Any]:
         while True:
             lane = self._lane
             try:
@@ -355,7 +393,9 @@ class _Lane:
         self._max_batch_size = max_batch_size
         # One image or stream that is submitted twice must not be decoded twice at the same time.
         self._one_at_a_time = threading.Lock()
-        self._batcher = DynamicBatcher[_Picture | PreparedPicture, PreparedPicture, Detection](
+        self._batcher = DynamicBatcher[
+            _Picture | PreparedPicture | _Crop, PreparedPicture | _Crop, Detection | Outputs
+        ](
             self._prepare,
             self._score,
             admission=admission,
@@ -365,9 +405,13 @@ class _Lane:
             observer=observer,
         )
 
-    def submit(self, picture: _Picture, *, timeout_s: float | None, block: bool) -> Future[Detection]:
-        # An array needs no decoding, and its owner may fill it anew as soon as this returns.
-        item = self._read(picture) if is_array(picture.source) else picture
+    def submit(self, picture: _Picture | _Crop, *, timeout_s: float | None, block: bool) -> Future[Detection | Outputs]:
+        item: _Item = picture
+        if isinstance(picture, _Crop):
+            self._require_crop(picture.image)
+        elif is_array(picture.source):
+            # An array needs no decoding, and its owner may fill it anew as soon as this returns.
+            item = self._read(picture)
         return self._batcher.submit(item, timeout_s=timeout_s, block=block)
 
     def require_other_thread(self, action: str) -> None:
@@ -377,7 +421,19 @@ class _Lane:
         self._batcher.close(drain=drain)
         self.detector.close()
 
-    def _prepare(self, picture: _Picture | PreparedPicture) -> PreparedPicture | Answered[Detection]:
+    def _require_crop(self, image: NDArray[np.uint8]) -> None:
+        size = self.detector.manifest.preprocess
+        if image.dtype != np.uint8 or image.shape != (size.height, size.width, 3):
+            raise UsageError(
+                "crop",
+                got=f"{image.dtype} {image.shape}",
+                wanted=f"uint8 {(size.height, size.width, 3)}",
+                remedy="crop pictures as the model does, with runtime.prepare",
+            )
+
+    def _prepare(self, picture: _Item) -> _Ready | Answered[Detection | Outputs]:
+        if isinstance(picture, _Crop):
+            return picture
         read = picture if isinstance(picture, PreparedPicture) else self._read(picture)
         if isinstance(read.crops, PictureError):
             return Answered(failed_detection(read.name, str(read.crops)))
@@ -388,5 +444,14 @@ class _Lane:
         with self._one_at_a_time if shared else nullcontext():
             return self.detector.prepare(picture.source, name=picture.name, looks=picture.looks)
 
-    def _score(self, pictures: list[PreparedPicture]) -> list[Detection]:
-        return self.detector.score(pictures, batch_size=self._max_batch_size)
+    def _score(self, batch: list[_Ready]) -> list[Detection | Outputs]:
+        pictures = [one for one in batch if not isinstance(one, _Crop)]
+        crops = [one.image for one in batch if isinstance(one, _Crop)]
+        detections = iter(self.detector.score(pictures, batch_size=self._max_batch_size))
+        outputs = iter(_rows(self.detector.infer(np.stack(crops))) if crops else ())
+        return [next(outputs) if isinstance(one, _Crop) else next(detections) for one in batch]
+
+
+def _rows(outputs: Outputs) -> list[Outputs]:
+    """Outputs of one batch as batches of one."""
+    return [Outputs(*(array[row : row + 1] for array in outputs)) for row in range(len(outputs.logits))]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from runtime.decode import decode_picture
-from runtime.errors import PictureError
+from runtime.decode import check_header, decode_picture
+from runtime.errors import PictureError, PictureFormatError, PictureTooLargeError
 from runtime.pillow_guard import neutral_pillow
 
 # A photograph-like ramp: smooth, so that JPEG keeps it within a few levels.
@@ -474,3 +474,24 @@ def test_decoding_from_a_file_leaves_no_file_open(tmp_path):
         with pytest.raises(PictureError, match=r"damaged|no known"):
             decode_picture(tmp_path / "bad.png")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# headers
+
+
+def test_header_of_a_sound_picture_passes_and_its_pixels_are_not_looked_at():
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(stream, "PNG")
+    check_header(stream.getvalue(), max_pixels=1200)
+    check_header(stream.getvalue()[:60], max_pixels=1200)  # the pixels are cut off
+
+
+def test_header_tells_an_unknown_format_and_too_many_pixels_apart():
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(stream, "PNG")
+    with pytest.raises(PictureTooLargeError, match="40x30 pixels, wanted at most 1199"):
+        check_header(stream.getvalue(), max_pixels=1199)
+    with pytest.raises(PictureFormatError, match="no known picture format"):
+        check_header(b"no picture")
+    with pytest.raises(PictureError, match="no bytes at all"):
+        check_header(b"")
