@@ -71,6 +71,14 @@ def test_part_of_a_changed_picture_needs_only_what_it_says(change, seed):
     assert np.abs(found.astype(int) - part.of(whole)).max() <= tolerance
 
 
+@pytest.mark.parametrize("change", CHANGES, ids=NAMES)
+def test_part_whose_borders_are_those_of_blocks_is_smoothed_across_them(change):
+    rgb, part = _picture(96, 120), Part(32, 48, 16, 32)
+    found = change.pixels(part, decode_part(rgb, lambda *size: change.needs(part, *size)))
+    tolerance = LEVELS if isinstance(change, Rescaled) else 0
+    assert np.abs(found.astype(int) - part.of(_changed_as_a_whole(change, rgb))).max() <= tolerance
+
+
 def test_changes_have_names_of_their_own_and_begin_with_the_picture_as_it_is():
     assert [change.name for change in CHANGES] == NAMES
     assert CHANGES[:1] == UNCHANGED
