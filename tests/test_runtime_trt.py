@@ -21,6 +21,8 @@ from runtime.errors import BackendError, BundleError, UsageError
 from runtime.manifest import ProfileSpec
 
 PROFILE = ProfileSpec(1, 4, 16)
+# Bytes of one picture in the input and in each output.
+PICTURE_BYTES = (16 * 16 * 3, 4, 4, 4 * 128, 4 * 4 * 4)
 L4 = CudaDevice("sm89", "NVIDIA L4")
 # Largest difference from float64 NumPy: on the host the outputs are NumPy's, rounded to float32.
 HOST_TOLERANCE = 1e-6
@@ -252,12 +254,13 @@ def test_close_waits_for_the_calls_that_are_under_way(host, monkeypatch):
 def test_memory_is_taken_for_the_preferred_batch_and_grows_no_further_than_the_largest(host):
     backend = host.open()
     taken = []
-    for pictures in (1, 4, 5, 9, 16, 1):
+    for pictures in (1, 6, 5, 9, 16, 1):
         backend.infer(random_images(pictures))
         taken.append(host.cuda.used_bytes() - SCRATCH_BYTES)
     picture = taken[0] // PROFILE.opt_batch
-    assert taken == [picture * n for n in (4, 4, 8, 16, 16, 16)]
+    assert taken == [picture * n for n in (4, 8, 8, 16, 16, 16)]
     assert host.cuda.calls.count("allocate") == 1 + 3 * 5
+    assert {len(memory) for memory in host.cuda.pinned.values()} == {16 * size for size in PICTURE_BYTES}
     backend.close()
     host.check_closed()
 

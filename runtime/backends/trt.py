@@ -290,19 +290,23 @@ def _try_device(cuda: CudaApi) -> None:
     with ExitStack() as stack:
         stack.callback(cuda.close)
         stack.enter_context(cuda.on_device())
-        stream, address, memory = cuda.open_stream(), cuda.allocate(2), cuda.allocate_pinned(4)
-        stack.callback(cuda.free_pinned, memory)
-        stack.callback(cuda.free, address)
+        stream = cuda.open_stream()
         stack.callback(cuda.close_stream, stream)
-        memory[:] = (1, 2, 0, 0)
-        cuda.upload(address, memory[:2], stream)
-        cuda.download(memory[2:], address, stream)
+        address = cuda.allocate(2)
+        stack.callback(cuda.free, address)
+        sent = cuda.allocate_pinned(2)
+        stack.callback(cuda.free_pinned, sent)
+        received = cuda.allocate_pinned(2)
+        stack.callback(cuda.free_pinned, received)
+        sent[:] = (1, 2)
+        cuda.upload(address, sent, stream)
+        cuda.download(received, address, stream)
         cuda.synchronize(stream)
-        if memory.tolist() != [1, 2, 1, 2]:
+        if received.tolist() != [1, 2]:
             raise BackendError(
                 "the GPU",
-                got=f"{memory.tolist()} after a copy",
-                wanted="[1, 2, 1, 2]",
+                got=f"{received.tolist()} after a copy there and back",
+                wanted="[1, 2]",
                 remedy="check it with nvidia-smi",
             )
 
