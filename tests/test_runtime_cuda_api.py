@@ -16,7 +16,7 @@ from test_runtime_trt import host_rig
 
 from runtime.backends.cuda_api import CudaError, CudaMemoryError, installed_cuda_api, open_cuda_api
 from runtime.backends.cuda_driver import CudaDriver, cuda_driver
-from runtime.backends.trt import probe_trt
+from runtime.backends.trt_installed import probe_trt
 from runtime.errors import BackendError
 
 PACKAGES = ("cuda-bindings", "pycuda")
@@ -159,8 +159,8 @@ def pretended(monkeypatch, put):
     tensorrt.__version__ = "10.13.3.9"
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    monkeypatch.setattr("runtime.backends.trt.cuda_driver", lambda: CudaDriver(1, "pretended"))
-    monkeypatch.setattr("runtime.backends.trt.installed_cuda_api", lambda: "cuda-bindings")
+    monkeypatch.setattr("runtime.backends.trt_installed.cuda_driver", lambda: CudaDriver(1, "pretended"))
+    monkeypatch.setattr("runtime.backends.trt_installed.installed_cuda_api", lambda: "cuda-bindings")
     return host
 
 
@@ -192,7 +192,7 @@ def test_the_probe_says_what_is_missing(pretended, monkeypatch, change, reason, 
     if value is None:
         monkeypatch.setitem(sys.modules, "tensorrt", None)
     else:
-        monkeypatch.setattr(f"runtime.backends.trt.{name}", value)
+        monkeypatch.setattr(f"runtime.backends.trt_installed.{name}", value)
     probe = probe_trt()
     assert (probe.runs, reason in probe.reason, install in probe.install) == (False, True, True)
 

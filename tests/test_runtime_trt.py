@@ -16,7 +16,8 @@ from trt_host import SCRATCH_BYTES, HostTensorRT
 from runtime.backends import trt_worker
 from runtime.backends.cuda_api import CudaError, CudaMemoryError
 from runtime.backends.cuda_driver import CudaDevice, CudaDriver, cuda_device, cuda_driver
-from runtime.backends.trt import MODULES, TrtBackend
+from runtime.backends.trt import TrtBackend
+from runtime.backends.trt_installed import MODULES
 from runtime.errors import BackendError, BundleError, UsageError
 from runtime.manifest import ProfileSpec
 

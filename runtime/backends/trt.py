@@ -5,34 +5,25 @@ An engine is opened by the TensorRT that built it: the module `tensorrt` (flavou
 
 from __future__ import annotations
 
-import importlib
 import queue
 import threading
 from collections import deque
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends.base import Outputs, Probe, TensorInfo, check_graph, checked_outputs, output_shapes
-from runtime.backends.cuda_api import INSTALL as INSTALL_CUDA
-from runtime.backends.cuda_api import CudaApi, installed_cuda_api, open_cuda_api
-from runtime.backends.cuda_driver import cuda_device, cuda_driver
+from runtime.backends.base import Outputs, TensorInfo, check_graph, checked_outputs, output_shapes
+from runtime.backends.cuda_api import CudaApi, open_cuda_api
+from runtime.backends.cuda_driver import cuda_device
+from runtime.backends.trt_installed import MODULES, NAME, import_tensorrt
 from runtime.backends.trt_log import listening
 from runtime.backends.trt_worker import BatchLayout, Contexts, Slot, Worker
 from runtime.engine_check import EngineRuntime, check_batch, check_engine, deserialized_engine
 from runtime.errors import BackendError, BundleError, UsageError
 from runtime.manifest import INPUT_NAME, OUTPUTS, ArtifactSpec, ModelManifest, ProfileSpec
-
-NAME = "trt"
-
-Flavour: TypeAlias = Literal["trt", "rtx"]
-FLAVOURS: tuple[Flavour, ...] = ("trt", "rtx")
-MODULES: dict[Flavour, str] = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
-
-INSTALL = 'pip install "ntf-toolkit[trt]" or "ntf-toolkit[rtx]", whichever built the engine'
 
 # With two, one batch is copied while another is computed.
 _SLOTS = 2
@@ -223,92 +214,6 @@ class _RtxContexts:
                 )
             config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return self.engine.create_execution_context(config)
-
-
-def import_tensorrt(flavour: Flavour) -> Any:
-    """The TensorRT module of a flavour.
-
-    Raises:
-        BackendError: it is missing or does not import.
-    """
-    name = MODULES[flavour]
-    try:
-        module = importlib.import_module(name)
-        _ = module.__version__  # the package on the index without libraries imports, and is empty
-    except Exception as error:  # a broken native library raises more than ImportError
-        missing = isinstance(error, ModuleNotFoundError) and error.name == name
-        raise BackendError(
-            f"back-end {NAME}",
-            got=f"no package {name}" if missing else f"a {name} that does not import ({error})",
-            wanted="a working installation",
-            remedy=f'pip install "ntf-toolkit[{flavour}]"',
-        ) from error
-    return module
-
-
-def installed_runtimes() -> list[EngineRuntime]:
-    """What engines would run on here: each TensorRT that imports, with the GPU; empty where there is none.
-
-    Note:
-        TensorRT is imported only where there is a GPU.
-    """
-    device = cuda_device()
-    found: list[EngineRuntime] = []
-    for flavour in FLAVOURS if device is not None else ():
-        with suppress(BackendError):
-            found.append(EngineRuntime(flavour, str(import_tensorrt(flavour).__version__), device))
-    return found
-
-
-def probe_trt() -> Probe:
-    """Whether TensorRT engines would run here, as far as can be said without one."""
-    driver = cuda_driver()
-    reasons: list[str] = []
-    versions: list[str] = []
-    for flavour in FLAVOURS:
-        try:
-            versions.append(f"{MODULES[flavour]} {import_tensorrt(flavour).__version__}")
-        except BackendError as error:
-            reasons.append(error.got)
-    version = ", ".join(versions) or None
-    if driver.devices == 0:
-        return Probe(NAME, False, version, None, driver.detail, "run where there is an NVIDIA GPU with its driver")
-    if version is None:
-        return Probe(NAME, False, None, None, "; ".join(reasons), INSTALL)
-    api = installed_cuda_api()
-    if api is None:
-        return Probe(NAME, False, version, None, "neither cuda-bindings nor pycuda is installed", INSTALL_CUDA)
-    try:
-        _try_device(open_cuda_api(api))
-    except BackendError as error:
-        return Probe(NAME, False, version, None, f"{error.subject}: {error.got}", error.remedy)
-    return Probe(NAME, True, version, "cuda:0", f"{version} with {api}; engines that fit run", "")
-
-
-def _try_device(cuda: CudaApi) -> None:
-    """A copy there and back, which must give the same bytes."""
-    with ExitStack() as stack:
-        stack.callback(cuda.close)
-        stack.enter_context(cuda.on_device())
-        stream = cuda.open_stream()
-        stack.callback(cuda.close_stream, stream)
-        address = cuda.allocate(2)
-        stack.callback(cuda.free, address)
-        sent = cuda.allocate_pinned(2)
-        stack.callback(cuda.free_pinned, sent)
-        received = cuda.allocate_pinned(2)
-        stack.callback(cuda.free_pinned, received)
-        sent[:] = (1, 2)
-        cuda.upload(address, sent, stream)
-        cuda.download(received, address, stream)
-        cuda.synchronize(stream)
-        if received.tolist() != [1, 2]:
-            raise BackendError(
-                "the GPU",
-                got=f"{received.tolist()} after a copy there and back",
-                wanted="[1, 2]",
-                remedy="check it with nvidia-smi",
-            )
 
 
 def _contexts(trt: Any, engine: Any, artifact: ArtifactSpec, cuda_graphs: bool) -> Contexts:
