@@ -18,6 +18,7 @@ from runtime.backends.cuda_api import CudaError, CudaMemoryError
 from runtime.backends.cuda_driver import CudaDevice, CudaDriver, cuda_device, cuda_driver
 from runtime.backends.trt import TrtBackend
 from runtime.backends.trt_installed import MODULES
+from runtime.detector import Detector
 from runtime.errors import BackendError, BundleError, UsageError
 from runtime.manifest import ProfileSpec
 
@@ -469,3 +470,27 @@ def test_a_missing_tensorrt_is_said_with_its_package(host, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(BackendError, match=r'no package tensorrt.*pip install "ntf-toolkit\[trt\]"'):
         host.open()
+
+
+# Through the public interface
+
+
+def test_a_detector_scores_on_an_engine_of_its_bundle(tmp_path, monkeypatch):
+    host = host_rig(tmp_path / "m", monkeypatch)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    for module in ("trt_installed", "trt"):
+        monkeypatch.setattr(f"runtime.backends.{module}.cuda_device", lambda: L4)
+        monkeypatch.setattr(f"runtime.backends.{module}.open_cuda_api", lambda *name: host.cuda)
+    monkeypatch.setattr("runtime.backends.trt_installed.cuda_driver", lambda: CudaDriver(1, "pretended"))
+    monkeypatch.setattr("runtime.backends.trt_installed.installed_cuda_api", lambda: "cuda-bindings")
+    monkeypatch.setattr("runtime.backends.trt_installed._try_device", lambda cuda: None)
+    images = random_images(9)
+    with Detector.load(tmp_path / "m", backend="trt", hint="throughput", cuda_graphs=True) as detector:
+        info = detector.info
+        assert (info.backend, info.device, info.artifact) == ("trt", "cuda:0", "model.fp32.engine")
+        assert info.backend_version == "tensorrt 10.13.3.9"
+        found = [detection.trace_similarity for detection in detector.predict(list(images), batch_size=4)]
+        np.testing.assert_allclose(found, numpy_outputs(images)["trace_similarity"], atol=HOST_TOLERANCE)
+        with pytest.raises(BackendError, match="got a batch of 17, wanted 1 to 16"):
+            detector.predict(list(random_images(17)))
+    host.check_closed()

@@ -122,6 +122,14 @@ def test_an_engine_is_as_safe_as_the_graph_that_it_was_built_from(tmp_path, runn
         assert choose(manifest, backend="auto", precision="fp16").backend == "trt"
 
 
+def test_a_precision_that_only_an_engine_has_is_refused_with_why_it_does_not_fit(tmp_path, running, l4):
+    running(*BACKENDS)
+    manifest = engines(tmp_path / "m", targets=("sm86",), precisions=("fp32", "fp16"))
+    only = replace(manifest, artifacts=(manifest.artifacts[0], replace(manifest.artifacts[2], precision="fp16")))
+    with pytest.raises(BackendError, match=r"got none that runs here \(trt: .*got an engine for sm86"):
+        choose(only, backend="auto", precision="fp16")
+
+
 def test_a_named_trt_takes_any_batches_and_refuses_a_precision_without_an_engine(tmp_path, running, l4):
     running("trt")
     manifest = engines(tmp_path / "m", profile=ProfileSpec(2, 4, 8))
@@ -248,6 +256,16 @@ def test_auto_passes_over_what_was_fast_and_does_not_run_now(proven, running):
     assert "`ntf tune` measured nothing that runs now (openvino int8: pretended)" in reason
 
 
+def test_a_measured_file_that_is_not_what_would_run_is_passed_over(proven, running):
+    running("onnxruntime", "openvino")
+    tuning = tuning_of(proven, ("openvino", "int8", 5.0), ("onnxruntime", "fp32", 7.0))
+    other = replace(tuning.timings[0], artifact="model.int8.engine")
+    keep_tuning(proven, replace(tuning, timings=(other, tuning.timings[1])))
+    choice = choose(proven, backend="auto", precision="auto")
+    assert choice.backend == "onnxruntime"
+    assert "(openvino int8: model.int8.engine does not fit any more)" in choice.reason
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -294,6 +312,8 @@ def test_an_artifact_that_lost_its_parity_is_not_taken_for_its_speed(proven, run
     choice = choose(lost, backend="auto", precision="auto")
     assert choice.artifact.precision == "fp32"
     assert "int8: has no passed parity check" in choice.reason
+    named = choose(lost, backend="auto", precision="int8")
+    assert (named.backend, named.reason[:21]) == ("openvino", "fastest by `ntf tune`")
 
 
 def test_tuning_times_every_back_end_that_runs_with_every_safe_precision(tmp_path, running):

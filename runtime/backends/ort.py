@@ -147,8 +147,7 @@ class OrtBackend:
         shapes = output_shapes(len(images), self._manifest)
         arrays = {name: np.empty(shapes[name], np.float32) for name in OUTPUTS}
         binding = self._session.io_binding()
-        # A binding reads the memory as it lies, whatever the strides.
-        binding.bind_cpu_input(INPUT_NAME, np.ascontiguousarray(images))
+        binding.bind_cpu_input(INPUT_NAME, images)
         for name, array in arrays.items():
             binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
         self._session.run_with_iobinding(binding)
