@@ -85,6 +85,8 @@ class OpenVinoBackend:
             for part in np.array_split(images, min(self._parts, len(images))):
                 request = self._taken(running, done)
                 running.append(request)
+                # In OpenVINO's own threads: inferred in the caller's (`infer`), graphs that are opened and closed while
+                # threads come and go leave a broken heap, as seen with 2026.4.1.
                 request.start_async({INPUT_NAME: part}, share_inputs=False)
             while running:
                 done.append(_outputs(running[0]))
