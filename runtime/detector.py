@@ -125,6 +125,7 @@ class Detector:
         threads: int | None = None,
         hint: str | None = None,
         cuda_graphs: bool = False,
+        max_batch: int | None = None,
         check_golden: bool = False,
     ) -> Detector:
         """Detector of a model bundle, verified and opened.
@@ -137,23 +138,26 @@ class Detector:
             threads: CPU threads of one inference; None leaves it to the back-end.
             hint: "latency" (the default) or "throughput": several inferences at once, for "trt" and "openvino".
             cuda_graphs: launch each batch size as a CUDA graph, for "trt".
+            max_batch: largest batch that will be asked for; what cannot take it is refused now, and not when it comes.
             check_golden: run the golden inputs of the bundle first, and refuse a back-end that gives other outputs.
 
         Raises:
             BundleError: the bundle is missing, damaged or of another schema, or has no golden inputs to check.
             BackendError: what was asked for cannot run here, or gives wrong outputs; nothing else is taken in its
                 place.
-            UsageError: max_pixels or threads is not a positive whole number, or the back-end lacks an option.
+            UsageError: max_pixels, threads or max_batch is no positive whole number, or the back-end lacks an option.
         """
         _require_positive("max_pixels", max_pixels)
         if threads is not None:
             _require_positive("threads", threads)
+        if max_batch is not None:
+            _require_positive("max_batch", max_batch)
         bundle = open_bundle(model)
         choice = choose(bundle.manifest, backend=backend, precision=precision)
         artifact = choice.artifact
         opened = open_backend(
             choice.backend, bundle.read(artifact), bundle.manifest, file=artifact.file, threads=threads, hint=hint,
-            cuda_graphs=cuda_graphs,
+            cuda_graphs=cuda_graphs, max_batch=max_batch,
         )  # fmt: skip
         if check_golden:
             try:

@@ -95,14 +95,17 @@ def test_a_batch_is_cut_into_parts_that_run_at_once_and_comes_back_in_order(part
     assert log[6:] == [("start", 1), ("start", 1), ("wait", 1), ("wait", 1)]
 
 
-def test_a_call_that_finds_few_requests_idle_uses_its_own_again(parted):
+@pytest.mark.parametrize(
+    ("others", "steps"),
+    [(1, ["start", "start", "wait", "start", "wait", "wait"]), (2, ["start", "wait"] * 3)],
+)
+def test_a_call_that_finds_few_requests_idle_uses_its_own_again(parted, others, steps):
     backend, _, log = parted
-    taken = [backend._idle.get() for _ in range(2)]
+    taken = [backend._idle.get() for _ in range(others)]
     images = random_images(9)
     check(backend.infer(images), images)
-    assert [what for what, _ in log] == ["start", "wait"] * 3
-    for request in taken:
-        backend._idle.put(request)
+    assert [what for what, _ in log] == steps
+    assert backend._idle.qsize() + len(taken) == 3
 
 
 def test_a_call_waits_for_a_request_of_others_where_it_has_none(parted):

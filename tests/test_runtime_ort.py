@@ -119,9 +119,11 @@ def test_io_binding_gives_the_outputs_of_the_graph_whatever_the_strides(bound, i
     np.testing.assert_array_equal(outputs.logits, kept)
 
 
-def test_a_batch_that_the_engine_was_not_built_for_is_refused(bound):
+def test_a_batch_that_the_engine_was_not_built_for_is_refused_at_load_and_at_call(bound, manifest):
     with pytest.raises(BackendError, match="got a batch of 65, wanted 1 to 64"):
         bound.infer(random_images(65))
+    with pytest.raises(BackendError, match="got a batch of 65, wanted 1 to 64"):
+        open_backend("onnxruntime-tensorrt", tiny_graph(), manifest, file="model.fp32.onnx", max_batch=65)
 
 
 def test_an_inference_that_fails_is_a_named_error(bound):

@@ -494,3 +494,5 @@ def test_a_detector_scores_on_an_engine_of_its_bundle(tmp_path, monkeypatch):
         with pytest.raises(BackendError, match="got a batch of 17, wanted 1 to 16"):
             detector.predict(list(random_images(17)))
     host.check_closed()
+    with pytest.raises(BackendError, match="got a batch of 17, wanted 1 to 16"):
+        Detector.load(tmp_path / "m", backend="trt", max_batch=17)

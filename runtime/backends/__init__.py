@@ -69,6 +69,7 @@ def open_backend(
     threads: int | None = None,
     hint: str | None = None,
     cuda_graphs: bool = False,
+    max_batch: int | None = None,
 ) -> Backend:
     """An ONNX graph or an engine opened on exactly the back-end that was asked for.
 
@@ -80,6 +81,8 @@ def open_backend(
         threads: CPU threads of one inference; None leaves it to the back-end.
         hint: "latency" or "throughput", for "trt" and "openvino"; None is "latency".
         cuda_graphs: launch each batch size as a CUDA graph, for "trt".
+        max_batch: largest batch that will be asked for, refused at once where the back-end takes no such batch; None
+            leaves it to each call.
 
     Raises:
         BackendError: no such back-end, its package is missing, or it cannot run the artifact on its device.
@@ -91,14 +94,16 @@ def open_backend(
     if name == "trt":
         from runtime.backends.trt import TrtBackend
 
-        return TrtBackend(model, manifest, file=file, hint=hint or "latency", cuda_graphs=cuda_graphs)
+        return TrtBackend(
+            model, manifest, file=file, hint=hint or "latency", cuda_graphs=cuda_graphs, max_batch=max_batch
+        )
     if name == "openvino":
         from runtime.backends.openvino import OpenVinoBackend
 
         return OpenVinoBackend(model, manifest, file=file, threads=threads, hint=hint or "latency")
     from runtime.backends.ort import OrtBackend
 
-    return OrtBackend(model, manifest, file=file, name=name, threads=threads)
+    return OrtBackend(model, manifest, file=file, name=name, threads=threads, max_batch=max_batch)
 
 
 def _require_known(name: str) -> None:

@@ -100,6 +100,7 @@ class OrtBackend:
         file: name of the artifact, for messages.
         name: "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt" or "onnxruntime-tensorrt-rtx".
         threads: CPU threads inside one operator; None leaves it to ONNX Runtime.
+        max_batch: largest batch that will be asked for; None leaves it to each call.
 
     Raises:
         BackendError: the package is missing, or the graph cannot run on that device.
@@ -111,8 +112,16 @@ class OrtBackend:
     """
 
     def __init__(
-        self, model: bytes, manifest: ModelManifest, *, file: str, name: str = CPU, threads: int | None = None
+        self,
+        model: bytes,
+        manifest: ModelManifest,
+        *,
+        file: str,
+        name: str = CPU,
+        threads: int | None = None,
+        max_batch: int | None = None,
     ) -> None:
+        _require_batch(name, max_batch or 1)
         ort = _import_onnxruntime(name)
         self.name = name
         self.device = _device(name)
@@ -127,8 +136,7 @@ class OrtBackend:
         Raises:
             BackendError: ONNX Runtime fails, or the batch is larger than a TensorRT provider was built for.
         """
-        if self.name in (TENSORRT, TENSORRT_RTX) and len(images) > TENSORRT_BATCHES[2]:
-            _refuse_batch(self.name, len(images))
+        _require_batch(self.name, len(images))
         try:
             arrays = self._run(images) if self.name == CPU else self._run_bound(images)
         except Exception as error:  # ONNX Runtime's errors share no base class of their own
@@ -245,13 +253,14 @@ def _refuse_fallback(name: str, error: Exception) -> NoReturn:
     ) from error
 
 
-def _refuse_batch(name: str, pictures: int) -> NoReturn:
-    raise BackendError(
-        f"back-end {name}",
-        got=f"a batch of {pictures}",
-        wanted=f"{TENSORRT_BATCHES[0]} to {TENSORRT_BATCHES[2]}, which its engine is built for",
-        remedy="score fewer pictures at once",
-    )
+def _require_batch(name: str, pictures: int) -> None:
+    if name in (TENSORRT, TENSORRT_RTX) and pictures > TENSORRT_BATCHES[2]:
+        raise BackendError(
+            f"back-end {name}",
+            got=f"a batch of {pictures}",
+            wanted=f"{TENSORRT_BATCHES[0]} to {TENSORRT_BATCHES[2]}, which its engine is built for",
+            remedy="score fewer pictures at once",
+        )
 
 
 def _require_gpu_provider(ort: Any, name: str) -> None:
