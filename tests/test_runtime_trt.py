@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -462,6 +463,13 @@ def test_an_engine_of_another_version_or_target_is_refused_with_how_to_build_one
 def test_an_engine_whose_profile_is_not_that_of_the_manifest_is_refused(host):
     host.trt.profile = (1, 4, 8)
     with pytest.raises(BundleError, match="got an engine for batches 1/4/8, wanted the profile of the manifest"):
+        host.open()
+    host.check_closed()
+
+
+def test_an_engine_that_breaks_the_contract_is_refused(host):
+    host.manifest = replace(host.manifest, evidence_shape=(3, 3))
+    with pytest.raises(BundleError, match=r"outputs: got evidence .*\(N, 4, 4\), wanted evidence .*\(N, 3, 3\)"):
         host.open()
     host.check_closed()
 
