@@ -40,9 +40,9 @@ def put(monkeypatch):
 
 
 @pytest.fixture(params=PACKAGES)
-def rig(request, put, tmp_path, monkeypatch):
+def rig(request, put, tiny_bundle, monkeypatch):
     """The tiny engine on a package; `package` is its name."""
-    rig = host_rig(tmp_path / "m", monkeypatch)
+    rig = host_rig(tiny_bundle, monkeypatch)
     rig.host, rig.package = rig.cuda, request.param
     put(request.param, rig.host)
     rig.cuda = open_cuda_api(request.param)

@@ -22,9 +22,9 @@ PROVIDERS = {
 }
 
 
-@pytest.fixture
-def manifest(tmp_path):
-    return write_bundle(tmp_path / "m", precisions=("fp32", "fp16", "int8"))
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return write_bundle(tmp_path_factory.mktemp("ort") / "m", precisions=("fp32", "fp16", "int8"))
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ class Rig:
 
 
 def host_rig(folder, monkeypatch, *, flavour="trt", major=10, **changes):
-    write_bundle(folder)
+    """The engine in a stand-in of a TensorRT, on the host; it joins the tiny bundle in `folder`."""
     cuda = HostCuda()
     trt = HostTensorRT(cuda, flavour=flavour, major=major)
     monkeypatch.setitem(sys.modules, MODULES[flavour], trt.module)
@@ -65,9 +65,9 @@ def host_rig(folder, monkeypatch, *, flavour="trt", major=10, **changes):
 
 
 @pytest.fixture
-def host(tmp_path, monkeypatch):
+def host(tiny_bundle, monkeypatch):
     """The engine in a stand-in of TensorRT 10, on the host."""
-    return host_rig(tmp_path / "m", monkeypatch)
+    return host_rig(tiny_bundle, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +93,12 @@ def device_rig(tmp_path_factory):
 
 
 @pytest.fixture(params=["trt 10", "trt 11", "rtx 1", pytest.param("gpu", marks=pytest.mark.gpu)])
-def rig(request, tmp_path, monkeypatch):
+def rig(request, monkeypatch):
     if request.param == "gpu":
         return request.getfixturevalue("device_rig")
     flavour, major = request.param.split()
-    return host_rig(tmp_path / "m", monkeypatch, flavour=flavour, major=int(major))
+    tiny_bundle = request.getfixturevalue("tiny_bundle")
+    return host_rig(tiny_bundle, monkeypatch, flavour=flavour, major=int(major))
 
 
 # What holds on every TensorRT, on the host and on a GPU
@@ -410,8 +411,8 @@ def test_graphs_are_refused_where_the_package_has_none(host):
 
 
 @pytest.mark.parametrize(("cuda_graphs", "strategy"), [(False, None), (True, "WHOLE_GRAPH_CAPTURE")])
-def test_tensorrt_rtx_is_told_to_capture_by_itself(tmp_path, monkeypatch, cuda_graphs, strategy):
-    host = host_rig(tmp_path / "m", monkeypatch, flavour="rtx", major=1)
+def test_tensorrt_rtx_is_told_to_capture_by_itself(tiny_bundle, monkeypatch, cuda_graphs, strategy):
+    host = host_rig(tiny_bundle, monkeypatch, flavour="rtx", major=1)
     backend = host.open(cuda_graphs=cuda_graphs)
     backend.infer(random_images(2))
     assert getattr(host.trt.contexts[-1].how.cuda_graph_strategy, "name", None) == strategy
@@ -420,8 +421,8 @@ def test_tensorrt_rtx_is_told_to_capture_by_itself(tmp_path, monkeypatch, cuda_g
     host.check_closed()
 
 
-def test_a_tensorrt_rtx_without_graphs_refuses_them(tmp_path, monkeypatch):
-    host = host_rig(tmp_path / "m", monkeypatch, flavour="rtx", major=1)
+def test_a_tensorrt_rtx_without_graphs_refuses_them(tiny_bundle, monkeypatch):
+    host = host_rig(tiny_bundle, monkeypatch, flavour="rtx", major=1)
     del host.trt.module.CudaGraphStrategy
     with pytest.raises(BackendError, match=r"cuda_graphs: got tensorrt_rtx 1\.7\.1\.116, which has none"):
         host.open(cuda_graphs=True)
@@ -451,10 +452,10 @@ def test_a_damaged_engine_and_a_missing_gpu_are_told_apart(host, monkeypatch):
     ],
 )
 def test_an_engine_of_another_version_or_target_is_refused_with_how_to_build_one(
-    tmp_path, monkeypatch, changes, message
+    tiny_bundle, monkeypatch, changes, message
 ):
-    host = host_rig(tmp_path / "m", monkeypatch)
-    host.manifest = add_engine(tmp_path / "m", b"other", file="other.engine", profile=PROFILE, **changes).manifest
+    host = host_rig(tiny_bundle, monkeypatch)
+    host.manifest = add_engine(tiny_bundle, b"other", file="other.engine", profile=PROFILE, **changes).manifest
     with pytest.raises(BackendError, match=f"{message}.*python -m export.trt --model BUNDLE --fp32"):
         TrtBackend(b"other", host.manifest, file="other.engine", cuda=host.cuda)
     assert host.cuda.calls == []
@@ -483,8 +484,8 @@ def test_a_missing_tensorrt_is_said_with_its_package(host, monkeypatch):
 # Through the public interface
 
 
-def test_a_detector_scores_on_an_engine_of_its_bundle(tmp_path, monkeypatch):
-    host = host_rig(tmp_path / "m", monkeypatch)
+def test_a_detector_scores_on_an_engine_of_its_bundle(tiny_bundle, monkeypatch):
+    host = host_rig(tiny_bundle, monkeypatch)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     for module in ("trt_installed", "trt"):
         monkeypatch.setattr(f"runtime.backends.{module}.cuda_device", lambda: L4)
@@ -493,7 +494,7 @@ def test_a_detector_scores_on_an_engine_of_its_bundle(tmp_path, monkeypatch):
     monkeypatch.setattr("runtime.backends.trt_installed.installed_cuda_api", lambda: "cuda-bindings")
     monkeypatch.setattr("runtime.backends.trt_installed._try_device", lambda cuda: None)
     images = random_images(9)
-    with Detector.load(tmp_path / "m", backend="trt", hint="throughput", cuda_graphs=True) as detector:
+    with Detector.load(tiny_bundle, backend="trt", hint="throughput", cuda_graphs=True) as detector:
         info = detector.info
         assert (info.backend, info.device, info.artifact) == ("trt", "cuda:0", "model.fp32.engine")
         assert info.backend_version == "tensorrt 10.13.3.9"
@@ -503,4 +504,4 @@ def test_a_detector_scores_on_an_engine_of_its_bundle(tmp_path, monkeypatch):
             detector.predict(list(random_images(17)))
     host.check_closed()
     with pytest.raises(BackendError, match="got a batch of 17, wanted 1 to 16"):
-        Detector.load(tmp_path / "m", backend="trt", max_batch=17)
+        Detector.load(tiny_bundle, backend="trt", max_batch=17)
