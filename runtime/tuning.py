@@ -18,9 +18,10 @@ from runtime.backends.cuda_driver import cuda_device
 from runtime.errors import BundleError, UsageError
 from runtime.manifest import ModelManifest, manifest_to_json
 from runtime.strict_json import canonical_json, from_jsonable, parse_json, to_jsonable
-from runtime.user_cache import user_cache
+from runtime.user_cache import made_cache, user_cache
 
 SCHEMA_VERSION = 1
+_FOLDER = "tuning"
 BATCHES = (1, 8)
 # Packages whose version changes what a time means.
 _PACKAGES = (
@@ -119,7 +120,7 @@ def bundle_sha256(manifest: ModelManifest) -> str:
 
 def tuning_path(manifest: ModelManifest) -> Path:
     """File that the tuning of a bundle is kept in."""
-    return user_cache() / "tuning" / f"{bundle_sha256(manifest)}.json"
+    return user_cache() / _FOLDER / f"{bundle_sha256(manifest)}.json"
 
 
 def keep_tuning(manifest: ModelManifest, tuning: Tuning) -> Path:
@@ -128,10 +129,12 @@ def keep_tuning(manifest: ModelManifest, tuning: Tuning) -> Path:
     Raises:
         UsageError: the folder cannot be written.
     """
+    made_cache(_FOLDER)
     path, text = tuning_path(manifest), canonical_json(to_jsonable(tuning, subject="tuning"))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".tuning-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=".tuning-", delete=False
+        ) as file:
             file.write(text)
         Path(file.name).replace(path)
     except OSError as error:
@@ -144,7 +147,10 @@ def keep_tuning(manifest: ModelManifest, tuning: Tuning) -> Path:
 
 def kept_tuning(manifest: ModelManifest) -> tuple[Tuning | None, str]:
     """What was measured for a bundle, if it counts here; otherwise None, and why not ("" where nothing was)."""
-    path = tuning_path(manifest)
+    try:
+        path = tuning_path(manifest)
+    except UsageError:
+        return None, ""  # there is no folder that anything could have been kept in
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

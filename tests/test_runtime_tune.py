@@ -362,6 +362,19 @@ def test_a_cache_folder_that_cannot_be_written_is_a_named_error(proven, tmp_path
         keep_tuning(proven, tuning_of(proven, ("openvino", "int8", 5.0)))
 
 
+def test_a_user_without_a_home_can_load_a_model_and_cannot_tune(proven, running, monkeypatch):
+    running("onnxruntime")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("runtime.user_cache.Path.home", no_home)
+    assert choose(proven, backend="auto", precision="auto").backend == "onnxruntime"
+    with pytest.raises(UsageError, match="cache folder: got Could not determine home directory"):
+        keep_tuning(proven, tuning_of(proven, ("openvino", "int8", 5.0)))
+
+
 def test_ntf_tune_measures_shows_and_clears(tiny_bundle, running, capsys):
     running("onnxruntime")
     model = ["--model", str(tiny_bundle)]

@@ -32,7 +32,7 @@ from runtime.backends.base import (
 from runtime.backends.cuda_driver import cuda_driver
 from runtime.errors import BackendError
 from runtime.manifest import INPUT_NAME, OUTPUTS, ModelManifest
-from runtime.user_cache import user_cache
+from runtime.user_cache import made_cache
 
 CPU, CUDA = "onnxruntime", "onnxruntime-cuda"
 TENSORRT, TENSORRT_RTX = "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"
@@ -105,6 +105,7 @@ class OrtBackend:
     Raises:
         BackendError: the package is missing, or the graph cannot run on that device.
         BundleError: the graph is not what the manifest promises.
+        UsageError: a TensorRT provider has no folder to keep what it builds.
 
     Note:
         `infer` may be called from several threads at once. The TensorRT providers build an engine when they are
@@ -232,8 +233,7 @@ def _tensorrt_options(name: str, model: bytes, manifest: ModelManifest, file: st
         f"{prefix}_profile_{which}_shapes": f"{INPUT_NAME}:{batch}x{rest}"
         for which, batch in zip(("min", "opt", "max"), TENSORRT_BATCHES, strict=True)
     }
-    folder = user_cache() / name / hashlib.sha256(model).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_cache(name, hashlib.sha256(model).hexdigest())
     if name == TENSORRT_RTX:
         return told | {"nv_runtime_cache_path": str(folder)}
     precision = next((artifact.precision for artifact in manifest.artifacts if artifact.file == file), "fp32")
