@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from benchmarks.pictures import photograph
-from runtime.backends import BACKENDS, open_backend, probe_backend
+from runtime.backends import GRAPH_BACKENDS, open_backend, probe_backend
 from runtime.manifest import PRECISIONS
 
 # Largest logit difference to PyTorch as a share of the spread of PyTorch's logits over these pictures. The parity
 # of a bundle is judged by export.verify on labelled pictures; this only makes sure that the right thing is timed.
 SHARE_OF_SPREAD = {"fp32": 0.01, "fp16": 0.1, "int8": 1.0}
 BATCHES = (1, 8, 64)
-CONTENDERS = ["PyTorch eager", *(f"{backend} {precision}" for backend in BACKENDS for precision in PRECISIONS)]
+CONTENDERS = ["PyTorch eager", *(f"{backend} {precision}" for backend in GRAPH_BACKENDS for precision in PRECISIONS)]
 
 
 @pytest.fixture(scope="session")

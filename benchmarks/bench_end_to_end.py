@@ -8,10 +8,10 @@ import pytest
 from benchmarks.pictures import jpeg_bytes, photograph
 from benchmarks.torch_scoring import REFERENCE, torch_logits
 from runtime import Detector
-from runtime.backends import BACKENDS, probe_backend
+from runtime.backends import GRAPH_BACKENDS, probe_backend
 
 WORKLOADS = {"one 12 MP JPEG": (1, 3000, 4000), "32 JPEGs of 256 px": (32, 256, 256)}
-CONTENDERS = [REFERENCE, *(f"{backend} {precision}" for backend in BACKENDS for precision in ("fp32", "int8"))]
+CONTENDERS = [REFERENCE, *(f"{backend} {precision}" for backend in GRAPH_BACKENDS for precision in ("fp32", "int8"))]
 # INT8 may move a probability that is near the middle; export.verify judges that on labelled pictures.
 TOLERANCE = {"fp32": 0.01, "int8": 0.5}
 

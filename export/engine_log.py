@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
+
+from runtime.backends.trt_log import listening
 
 # Severity and text.
 Messages: TypeAlias = "list[tuple[str, str]]"
@@ -24,12 +25,14 @@ def recorded_messages(trt: Any) -> Iterator[tuple[Any, Messages]]:
     Args:
         trt: the TensorRT module.
     """
-    logger, messages = _logger(trt), []  # type: Any, Messages
-    logger.messages = messages
-    try:
+    messages: Messages = []
+
+    def keep(severity: str, text: str) -> None:
+        if severity in _KEPT or text.startswith(PLAN_START):
+            messages.append((severity, text))
+
+    with listening(trt, keep) as logger:
         yield logger, messages
-    finally:
-        logger.messages = None
 
 
 def errors_of(messages: Sequence[tuple[str, str]]) -> str:
@@ -41,19 +44,3 @@ def errors_of(messages: Sequence[tuple[str, str]]) -> str:
 def without_driver_errors(text: str) -> str:
     """A message without what it says about a missing driver, in one line."""
     return "; ".join(line.strip() for line in _NO_DRIVER.sub("", text).splitlines() if line.strip())
-
-
-@functools.cache
-def _logger(trt: Any) -> Any:
-    """The one logger of this process: TensorRT keeps the first it is given, and a second one has crashed it."""
-
-    class Recorder(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.messages: Messages | None = None
-
-        def log(self, severity: Any, message: str) -> None:
-            if self.messages is not None and (severity.name in _KEPT or message.startswith(PLAN_START)):
-                self.messages.append((severity.name, message))
-
-    return Recorder()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from export.onnx_export import torch_outputs
-from runtime.backends import BACKENDS, Backend, open_backend, probe_backend
+from runtime.backends import GRAPH_BACKENDS, Backend, open_backend, probe_backend
 from runtime.manifest import CalibrationSpec, ModelManifest, ParitySpec, Precision
 from train.metrics import detection_metrics
 from train.model import NTFDetector
@@ -70,7 +70,7 @@ LIMITS: Mapping[str, ParityLimits] = {
 
 def running_backends() -> list[str]:
     """Names of the back-ends that run here."""
-    return [name for name in BACKENDS if probe_backend(name).runs]
+    return [name for name in GRAPH_BACKENDS if probe_backend(name).runs]
 
 
 @contextmanager

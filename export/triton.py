@@ -30,7 +30,7 @@ from export.triton_config import (
     model_config,
     parsed_config,
 )
-from runtime.backends.choice import parity_passed
+from runtime.backends.choice import compared_artifact, parity_passed
 from runtime.bundle import Bundle, newest_bundle, open_bundle
 from runtime.errors import NTFError
 from runtime.manifest import PRECISIONS, ArtifactSpec, Precision
@@ -185,22 +185,11 @@ def why_not(bundle: Bundle, backend: BackendName, precision: str, *, named: bool
         return f"the bundle has no {'engine' if backend == 'tensorrt_plan' else 'ONNX graph'} of it"
     if named or precision == "fp32":  # as `precision="auto"` of the runtime chooses
         return None
-    compared = compared_graph(bundle, found[0])
+    compared = compared_artifact(bundle.manifest, found[0])
     if compared is None or not parity_passed(compared, backend):
         graph = compared.file if compared is not None else f"the graph of {found[0].file}"
         return f"{graph} has no passed comparison with PyTorch; it is served where --precisions names it"
     return None
-
-
-def compared_graph(bundle: Bundle, artifact: ArtifactSpec) -> ArtifactSpec | None:
-    """The ONNX graph whose comparison stands for a file: of an engine, which no export runs, the one it was built from.
-
-    None where the bundle has that graph no more, or another one under its name.
-    """
-    if artifact.engine is None:
-        return artifact if artifact.format == "onnx" else None
-    built = (artifact.engine.source, artifact.engine.source_sha256)
-    return next((a for a in bundle.manifest.artifacts if (a.file, a.sha256) == built), None)
 
 
 def artifacts_for(bundle: Bundle, backend: BackendName, precision: str) -> list[ArtifactSpec]:

@@ -13,7 +13,7 @@ from export.latency import END_TO_END, GRAPH, Latency, LatencySweep
 from export.layer_comparison import EQUAL_DB, LayerComparison, TensorError
 from export.precision import LAYER_OPS
 from export.verification import Scores
-from runtime.backends import BACKENDS
+from runtime.backends import GRAPH_BACKENDS
 from runtime.manifest import PRECISIONS
 from train.drawing import plain_label, write_png
 
@@ -119,7 +119,7 @@ def _scale_times(axes: Axes, *, batches: Sequence[int]) -> None:
 
 
 def _backend_colour(backend: str) -> str:
-    return f"C{BACKENDS.index(backend)}" if backend in BACKENDS else "C9"
+    return f"C{GRAPH_BACKENDS.index(backend)}" if backend in GRAPH_BACKENDS else "C9"
 
 
 def _draw_thresholds(axes: Axes, scores: Scores) -> None:

@@ -1,4 +1,4 @@
-"""The `ntf` command: predict, inspect, pack, serve, doctor.
+"""The `ntf` command: predict, inspect, pack, serve, tune, doctor.
 
 Exit status: 0 everything scored, 1 some pictures failed (doctor: no back-end runs), 2 wrong usage, nothing found
 or a bad bundle, 130 stopped by Ctrl-C, 141 when the reader of the output went away. Results go to standard
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("target", metavar="ZIP", nargs="?", help="file to write; default: MODEL.zip beside the folder")
     pack.set_defaults(run=_pack)
     add_serve(commands.add_parser("serve", help="answer over HTTP, with a page for people"))
+    _add_tune(commands.add_parser("tune", help="measure which back-end is fastest here"))
     doctor = commands.add_parser("doctor", help="show what is installed, what would run, what to install")
     doctor.add_argument("--json", action="store_true", help="the report as JSON")
     doctor.set_defaults(run=_doctor)
@@ -80,10 +82,12 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", metavar="PATH", nargs="+", help="files, folders (searched) and patterns")
     parser.add_argument("--model", metavar="MODEL", help="bundle folder or .zip; default: newest in ./models")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
-    parser.add_argument("--backend", default="auto", help="auto, onnxruntime, onnxruntime-cuda or openvino")
+    parser.add_argument("--backend", default="auto", help="auto, or one that `ntf doctor` shows")
     parser.add_argument("--precision", default="auto", help="auto, fp32, fp16 or int8")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (32)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference")
+    parser.add_argument("--hint", metavar="HINT", help="latency or throughput, for trt and openvino")
+    parser.add_argument("--cuda-graphs", action="store_true", help="launch batches as CUDA graphs, for trt")
     parser.add_argument(
         "--views", default="center", help="parts of a picture whose logits are averaged: center, five or grid (3x3)"
     )
@@ -98,6 +102,17 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_predict)
 
 
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Times each back-end that runs here, and keeps the times for --backend auto."
+    parser.add_argument("--model", metavar="MODEL", help="bundle folder or .zip file; default: newest in ./models")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="inferences of each batch (20)")
+    parser.add_argument("--json", action="store_true", help="the times as JSON")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--show", action="store_true", help="show what was measured, and measure nothing")
+    instead.add_argument("--clear", action="store_true", help="forget what was measured")
+    parser.set_defaults(run=_tune)
+
+
 def _predict(options: argparse.Namespace) -> int:
     from runtime.bundle import newest_bundle
     from runtime.detector import Detector
@@ -110,6 +125,8 @@ def _predict(options: argparse.Namespace) -> int:
         backend=options.backend,
         precision=options.precision,
         threads=options.threads,
+        hint=options.hint,
+        cuda_graphs=options.cuda_graphs,
         check_golden=options.check_golden,
     ) as detector:
         detections = detector.stream(
@@ -150,6 +167,26 @@ def _pack(options: argparse.Namespace) -> int:
     model = Path(options.model).absolute()
     packed = pack_bundle(model, options.target or model.with_name(f"{model.name.removesuffix('.zip')}.zip")).location
     print(f"{_printable(str(packed))}: {packed.stat().st_size} bytes")
+    return OK
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from runtime.bundle import newest_bundle, open_bundle
+    from runtime.tune import measured, tuning_text
+    from runtime.tuning import clear_tuning, kept_tuning
+
+    bundle = open_bundle(options.model or newest_bundle(Path("models")))
+    if options.clear:
+        print("the times are forgotten" if clear_tuning(bundle.manifest) else "nothing was measured")
+        return OK
+    if options.show:
+        tuning, note = kept_tuning(bundle.manifest)
+        if tuning is None:
+            print(_printable(note or "nothing was measured: run `ntf tune`"))
+            return SOME_FAILED
+    else:
+        tuning = measured(bundle, repeats=options.repeats, say=lambda text: print(text, file=sys.stderr))
+    print(json.dumps(asdict(tuning), indent=1) if options.json else _printable(tuning_text(tuning), keep="\n"))
     return OK
 
 

@@ -53,7 +53,7 @@ def _artifact_lines(artifact: ArtifactSpec) -> Iterator[str]:
     yield f"  sha256 {artifact.sha256}"
     yield f"  built by {artifact.builder}" + "".join(f", {k} {v}" for k, v in sorted(artifact.versions.items()))
     if artifact.format == "engine":
-        yield f"  targets {', '.join(artifact.targets) or 'not stated'}; this version has no back-end for engines"
+        yield f"  targets {', '.join(artifact.targets) or 'not stated'}; the back-end trt runs it there"
     if artifact.engine is not None:
         yield from _engine_lines(artifact.engine)
     if artifact.profile is not None:

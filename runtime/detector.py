@@ -146,6 +146,9 @@ class Detector:
         precision: str = "auto",
         max_pixels: int = MAX_PIXELS,
         threads: int | None = None,
+        hint: str | None = None,
+        cuda_graphs: bool = False,
+        max_batch: int | None = None,
         check_golden: bool = False,
     ) -> Detector:
         """Detector of a model bundle, verified and opened.
@@ -156,23 +159,29 @@ class Detector:
             precision: "auto", "fp32", "fp16" or "int8".
             max_pixels: largest picture that is decoded, height times width.
             threads: CPU threads of one inference; None leaves it to the back-end.
+            hint: "latency" (the default) or "throughput": several inferences at once, for "trt" and "openvino".
+            cuda_graphs: launch each batch size as a CUDA graph, for "trt".
+            max_batch: largest batch that will be asked for; what cannot take it is refused now, and not when it comes.
             check_golden: run the golden inputs of the bundle first, and refuse a back-end that gives other outputs.
 
         Raises:
             BundleError: the bundle is missing, damaged or of another schema, or has no golden inputs to check.
             BackendError: what was asked for cannot run here, or gives wrong outputs; nothing else is taken in its
                 place.
-            UsageError: max_pixels or threads is not a positive whole number.
+            UsageError: max_pixels, threads or max_batch is no positive whole number, or the back-end lacks an option.
         """
         require_positive("max_pixels", max_pixels)
         if threads is not None:
             require_positive("threads", threads)
+        if max_batch is not None:
+            require_positive("max_batch", max_batch)
         bundle = open_bundle(model)
         choice = choose(bundle.manifest, backend=backend, precision=precision)
         artifact = choice.artifact
         opened = open_backend(
-            choice.backend, bundle.read(artifact), bundle.manifest, file=artifact.file, threads=threads
-        )
+            choice.backend, bundle.read(artifact), bundle.manifest, file=artifact.file, threads=threads, hint=hint,
+            cuda_graphs=cuda_graphs, max_batch=max_batch,
+        )  # fmt: skip
         if check_golden:
             try:
                 require_golden(bundle, opened, artifact.precision)

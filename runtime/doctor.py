@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runtime.backends import BACKENDS, Probe, probe_backend
+from runtime.backends import BACKENDS, GPU_BACKENDS, Probe, probe_backend
 from runtime.backends.base import installed_version
 from runtime.backends.cuda_driver import CudaDriver, cuda_driver
 from runtime.fused_loss import FusedLoss, probe_fused_loss
@@ -18,8 +18,8 @@ from runtime.jpeg_region import why_in_full
 from runtime.turbojpeg import find_turbojpeg
 
 _PACKAGES = (
-    "ntf-toolkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx",
-    "cuda-bindings", "pycuda", "pylibjxl", "onnx", "torch", "timm",
+    "ntf-toolkit", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "onnxruntime-trt-rtx", "openvino", "tensorrt",
+    "tensorrt-rtx", "cuda-bindings", "pycuda", "pylibjxl", "onnx", "torch", "timm",
 )  # fmt: skip
 _TOOLS = ("c++", "g++", "clang++", "nvcc", "ninja")
 # flavour, package on the index, extra of this distribution
@@ -107,7 +107,7 @@ def examine() -> DoctorReport:
         engine_builders=builders,
         fused_loss=fused_loss,
         jpeg=jpeg,
-        warnings=tuple(_warnings(packages, probes, fused_loss)),
+        warnings=tuple(_warnings(packages, probes, cuda, fused_loss)),
         advice=(*_advice(packages, probes, builders, cuda, fused_loss), *_jpeg_advice(jpeg)),
     )
 
@@ -116,18 +116,18 @@ def report_text(report: DoctorReport) -> str:
     """The report as text for a terminal."""
     lines = [f"python   {report.python}", f"system   {report.platform}, {report.cpus} logical CPUs"]
     lines += [f"CUDA     {report.cuda.detail}", "packages"]
-    lines += [f"  {name:<16} {version or '-'}" for name, version in report.packages.items()]
+    lines += [f"  {name:<24} {version or '-'}" for name, version in report.packages.items()]
     lines.append("back-ends")
     for probe in report.backends:
         state = f"runs on {probe.device}" if probe.runs else "does not run"
-        lines.append(f"  {probe.name:<16} {state}: {probe.reason}")
+        lines.append(f"  {probe.name:<24} {state}: {probe.reason}")
     lines.append("JPEG files (either way gives the same pixels)")
     lines.append(
         f"  decoded in full: {report.jpeg.why_in_full}"
         if report.jpeg.why_in_full
         else f"  only the wanted part of a plain, complete file is decoded, with {report.jpeg.library}"
     )
-    lines.append("engine builders (for the export; this version has no back-end that runs engines)")
+    lines.append("TensorRT (builds engines for the export; the back-end trt runs them)")
     lines += [f"  {b.flavour:<4} {b.package:<14} {b.version or 'not installed'}" for b in report.engine_builders]
     lines.append("compilers (for the training extension)")
     lines += [f"  {tool:<16} {version or 'not found'}" for tool, version in report.tools.items()]
@@ -138,7 +138,9 @@ def report_text(report: DoctorReport) -> str:
     return "\n".join(lines)
 
 
-def _warnings(packages: dict[str, str | None], probes: tuple[Probe, ...], fused_loss: FusedLoss) -> list[str]:
+def _warnings(
+    packages: dict[str, str | None], probes: tuple[Probe, ...], cuda: CudaDriver, fused_loss: FusedLoss
+) -> list[str]:
     found = []
     if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
         found.append(
@@ -148,7 +150,7 @@ def _warnings(packages: dict[str, str | None], probes: tuple[Probe, ...], fused_
     found += [
         f"{probe.name} {probe.version} is installed but does not run: {probe.reason}"
         for probe in probes
-        if probe.version is not None and not probe.runs
+        if probe.version is not None and not probe.runs and (cuda.devices or probe.name not in GPU_BACKENDS)
     ]
     if fused_loss.state in ("stale", "damaged"):
         found.append(f"the fused loss is {fused_loss.state}, and training does not use it: {fused_loss.detail}")
@@ -173,6 +175,10 @@ def _advice(
         advice.append(
             'for the back-end onnxruntime-cuda: pip uninstall onnxruntime, then pip install "ntf-toolkit[gpu]"'
         )
+    if cuda.devices:
+        advice += [
+            f"for the back-end trt: {probe.install}" for probe in probes if probe.name == "trt" and not probe.runs
+        ]
     if not any(builder.version for builder in builders):
         extras = " or ".join(f'"ntf-toolkit[{extra}]"' for _, _, extra in _ENGINE_BUILDERS)
         advice.append(f"to build engines with `python -m export.trt`: pip install {extras}")

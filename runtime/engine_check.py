@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from runtime.backends.cuda_driver import CudaDevice, cuda_driver
-from runtime.bundle import Bundle
 from runtime.errors import BackendError, BundleError
-from runtime.manifest import AMPERE_PLUS, ArtifactSpec
+from runtime.manifest import AMPERE_PLUS, ArtifactSpec, ModelManifest
 
 _BUILD_HERE = "build one here: python -m export.trt --model BUNDLE --{precision}"
 # Members of tensorrt_rtx.EngineInvalidityDiagnostics, which are bits, with what each means; the gravest first.
@@ -43,28 +42,29 @@ class EngineRuntime:
     device: CudaDevice | None
 
 
-def checked_engine(bundle: Bundle, file: str, runtime: EngineRuntime, *, max_batch: int) -> bytes:
-    """Content of an engine that fits this runtime, as far as the manifest can say.
+def check_engine(
+    manifest: ModelManifest, file: str, runtime: EngineRuntime, *, max_batch: int | None = None
+) -> ArtifactSpec:
+    """The engine of that name, which fits this runtime as far as the manifest can say.
 
     Args:
-        bundle: opened.
+        manifest: of the bundle.
         file: name of the engine in it.
         runtime: what would run it.
-        max_batch: largest batch that will be asked for.
+        max_batch: largest batch that will be asked for; None asks for no more than the engine has.
 
     Raises:
-        BundleError: there is no such engine, its content is not what the manifest says, or the bundle's graph is
-            another one than it was built from.
+        BundleError: there is no such engine, or the bundle's graph is another one than it was built from.
         BackendError: it is of another flavour or version, for another GPU, or its batches are too small.
     """
-    artifact = _engine_named(bundle, file)
-    content = bundle.read(artifact)
-    _check_source(bundle, artifact)
+    artifact = _engine_named(manifest, file)
+    _check_source(manifest, artifact)
     _check_flavour(artifact, runtime)
     _check_version(artifact, runtime)
     _check_target(artifact, runtime.device)
-    check_batch(artifact, max_batch)
-    return content
+    if max_batch is not None or artifact.profile is None:
+        check_batch(artifact, max_batch or 1)
+    return artifact
 
 
 def check_batch(artifact: ArtifactSpec, pictures: int) -> None:
@@ -90,7 +90,7 @@ def deserialized_engine(runtime: Any, content: bytes, artifact: ArtifactSpec) ->
 
     Args:
         runtime: a `Runtime` of tensorrt or tensorrt_rtx.
-        content: from `checked_engine`.
+        content: of the file, as `Bundle.read` gives it.
         artifact: the engine.
 
     Raises:
@@ -124,11 +124,11 @@ def _check_diagnostics(diagnostics: int, artifact: ArtifactSpec) -> None:
             raise kind(artifact.file, got=got, wanted="an engine that runs here", remedy=remedy)
 
 
-def _engine_named(bundle: Bundle, file: str) -> ArtifactSpec:
-    engines = {artifact.file: artifact for artifact in bundle.manifest.artifacts if artifact.format == "engine"}
+def _engine_named(manifest: ModelManifest, file: str) -> ArtifactSpec:
+    engines = {artifact.file: artifact for artifact in manifest.artifacts if artifact.format == "engine"}
     if file not in engines:
         raise BundleError(
-            str(bundle.location),
+            f"bundle of {manifest.name}",
             got=f"no engine {file}",
             wanted=f"one of {', '.join(engines) or 'none that is there'}",
             remedy=_BUILD_HERE.format(precision="fp16"),
@@ -136,9 +136,9 @@ def _engine_named(bundle: Bundle, file: str) -> ArtifactSpec:
     return engines[file]
 
 
-def _check_source(bundle: Bundle, artifact: ArtifactSpec) -> None:
+def _check_source(manifest: ModelManifest, artifact: ArtifactSpec) -> None:
     """The thresholds of a precision belong to its graph, so an engine of an earlier graph must not use them."""
-    graphs = {other.sha256 for other in bundle.manifest.artifacts if other.format == "onnx"}
+    graphs = {other.sha256 for other in manifest.artifacts if other.format == "onnx"}
     if artifact.engine is not None and artifact.engine.source_sha256 not in graphs:
         raise BundleError(
             artifact.file,

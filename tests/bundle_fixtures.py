@@ -12,15 +12,18 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from runtime.bundle import open_bundle
 from runtime.manifest import (
     LABELS,
     OUTPUTS,
     SCHEMA_VERSION,
     ArtifactSpec,
     CalibrationSpec,
+    EngineSpec,
     GoldenSpec,
     ModelManifest,
     ParitySpec,
+    ProfileSpec,
     save_manifest,
 )
 from runtime.preprocess import PreprocessSpec
@@ -178,6 +181,29 @@ def write_bundle(folder, *, precisions=("fp32",), parities=None, graphs=None, **
     manifest = replace(manifest, **changes)
     save_manifest(manifest, folder)
     return manifest
+
+
+def add_engine(folder, content, *, version_compatible=False, **changes):
+    """The bundle in `folder` with an engine of its first graph beside it, as TensorRT 10.9 on an L4 builds it.
+
+    Args:
+        folder: of a bundle.
+        content: of the engine's file.
+        version_compatible: of the engine.
+        changes: fields of the engine's artifact to replace.
+    """
+    manifest = open_bundle(folder).manifest
+    source = manifest.artifacts[0]
+    built = EngineSpec(source.file, source.sha256, "c" * 64, "NVIDIA L4", 256, version_compatible, False, {})
+    engine = replace(
+        source, file=f"model.{source.precision}.engine", format="engine", sha256=hashlib.sha256(content).hexdigest(),
+        size_bytes=len(content), opset=None, profile=ProfileSpec(2, 4, 8), flavour="trt", targets=("sm89",),
+        builder="tensorrt 10.9.0.34", parity=(), engine=built,
+    )  # fmt: skip
+    engine = replace(engine, **changes)
+    (Path(folder) / engine.file).write_bytes(content)
+    save_manifest(replace(manifest, artifacts=(*manifest.artifacts, engine)), folder)
+    return open_bundle(folder)
 
 
 def zip_bundle(folder, target, *, inside=""):

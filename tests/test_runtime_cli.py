@@ -337,7 +337,7 @@ def test_inspect_shows_parity_and_engines(tmp_path, capsys):
     save_manifest(replace(manifest, artifacts=(*manifest.artifacts, engine), calibration=conformal), tmp_path / "m")
     assert main(["inspect", str(tmp_path / "m")]) == 0
     out = capsys.readouterr().out
-    for fact in ("parity FAILED: onnxruntime against torch fp32", "engine rtx", "targets sm89; this version has no",
+    for fact in ("parity FAILED: onnxruntime against torch fp32", "engine rtx", "targets sm89; the back-end trt",
                  "batch 1 / 8 / 64", "kept above fp32: /head (flips)", "parity not checked",
                  "conformal thresholds"):  # fmt: skip
         assert fact in out

@@ -10,6 +10,7 @@ import cpp_ext.library
 import runtime.fused_loss
 from cpp_ext.library import LIBRARY_FILE, RECORD_FILE, BuildRecord, library_problem, source_hashes
 from runtime.backends import BACKENDS, Probe
+from runtime.backends.cuda_driver import CudaDriver
 from runtime.cli import main
 from runtime.doctor import examine, report_text
 from runtime.fused_loss import probe_fused_loss
@@ -47,7 +48,7 @@ def test_json_report_has_the_fields_of_the_report(capsys):
     plain = json.loads(capsys.readouterr().out)
     assert {"python", "packages", "backends", "cuda", "tools", "engine_builders", "warnings", "advice"} <= set(plain)
     assert {"state", "instruction_sets", "cuda_targets", "detail"} == set(plain["fused_loss"])
-    assert plain["backends"][1]["name"] == "onnxruntime"
+    assert [probe["name"] for probe in plain["backends"]] == list(BACKENDS)
     assert {"library", "why_in_full"} == set(plain["jpeg"])
 
 
@@ -98,12 +99,21 @@ def test_installed_backend_that_does_not_run_is_warned_about(monkeypatch):
 
 
 @pytest.mark.parametrize(("devices", "advised"), [(0, False), (2, True)])
-def test_cuda_package_is_advised_only_where_there_is_a_gpu(monkeypatch, devices, advised):
-    from runtime.backends.cuda_driver import CudaDriver
-
+def test_packages_for_a_gpu_are_advised_only_where_there_is_one(monkeypatch, devices, advised):
     monkeypatch.setattr("runtime.doctor.probe_backend", _probe("onnxruntime", "openvino"))
     monkeypatch.setattr("runtime.doctor.cuda_driver", lambda: CudaDriver(devices, "pretended"))
-    assert any("onnxruntime-cuda" in line for line in examine().advice) is advised
+    advice = examine().advice
+    assert any("onnxruntime-cuda" in line for line in advice) is advised
+    assert ("for the back-end trt: pip install it" in advice) is advised
+
+
+@pytest.mark.parametrize(("devices", "warned"), [(0, False), (1, True)])
+def test_a_back_end_for_gpus_is_warned_about_only_where_there_is_one(monkeypatch, devices, warned):
+    """TensorRT is installed where engines are built for other machines, and nothing is wrong with that."""
+    broken = Probe("trt", False, "tensorrt_rtx 1.7", None, "neither cuda-bindings nor pycuda", "pip install it")
+    monkeypatch.setattr("runtime.doctor.probe_backend", lambda name: broken if name == "trt" else _probe(name)(name))
+    monkeypatch.setattr("runtime.doctor.cuda_driver", lambda: CudaDriver(devices, "pretended"))
+    assert any("trt tensorrt_rtx 1.7 is installed but does not run" in line for line in examine().warnings) is warned
 
 
 def test_driver_that_does_not_start_is_reported_with_its_error(monkeypatch):

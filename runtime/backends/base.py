@@ -91,6 +91,17 @@ def refuse_to_open(name: str, error: object) -> NoReturn:
     )
 
 
+def refuse_to_run(name: str, error: Exception) -> NoReturn:
+    """Raises the error for an inference that fails in a back-end; the first line of its own message is kept."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raise BackendError(
+        f"back-end {name}",
+        got=f"an inference that failed ({lines[0][:300] if lines else type(error).__name__})",
+        wanted="one that succeeds",
+        remedy="score fewer pictures at once, or choose another backend or precision",
+    ) from error
+
+
 def check_graph(
     inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], manifest: ModelManifest, file: str
 ) -> None:

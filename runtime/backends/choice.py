@@ -5,18 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NoReturn
 
-from runtime.backends import BACKENDS, probe_backend
+from runtime.backends import AUTO_BACKENDS, BACKENDS, probe_backend
 from runtime.errors import BackendError
 from runtime.manifest import PRECISIONS, ArtifactSpec, ModelManifest
+from runtime.tuning import Timing, kept_tuning
 
 # As measured on a CPU without VNNI (benchmarks/results/cpu.json): there INT8 is slower than FP32 on both CPU back-ends,
-# and float16 is emulated. A CPU with VNNI may be faster with INT8; it is taken when it is named. FP16 on CUDA uses the
-# tensor cores.
+# and float16 is emulated. A CPU with VNNI may be faster with INT8; it is taken when it is named, or when `ntf tune`
+# found it faster. FP16 on a GPU uses the tensor cores.
 PREFERRED_PRECISIONS = {
+    "trt": ("fp16", "fp32", "int8"),
     "onnxruntime-cuda": ("fp16", "fp32", "int8"),
+    "onnxruntime-tensorrt": ("fp16", "fp32", "int8"),
+    "onnxruntime-tensorrt-rtx": ("fp16", "fp32", "int8"),
     "onnxruntime": ("fp32", "int8", "fp16"),
     "openvino": ("fp32", "int8", "fp16"),
 }
+# Batch of `Detector.predict`. What is taken without being named must score it, and a last batch of one picture.
+_USUAL_BATCH = 32
+# This one allows TensorRT to compute in other types than the graph says, so a comparison elsewhere shows nothing.
+_OWN_PARITY = "onnxruntime-tensorrt"
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,8 @@ def choose(manifest: ModelManifest, *, backend: str, precision: str) -> Choice:
 
     Args:
         manifest: of the bundle.
-        backend: one of BACKENDS, or "auto" for the first of them that runs here.
+        backend: one of BACKENDS, or "auto": the fastest by `ntf tune` where it measured this bundle on this machine
+            with these versions, otherwise the first of AUTO_BACKENDS that runs here.
         precision: one of PRECISIONS, or "auto" for the back-end's first choice that is safe: FP32, or one whose parity
             check passed. A precision that is named outright is taken whatever its parity.
 
@@ -41,36 +50,88 @@ def choose(manifest: ModelManifest, *, backend: str, precision: str) -> Choice:
         BackendError: nothing fits; the message lists what there is.
     """
     if precision != "auto":
-        _require_precision(manifest, precision)
-    name, why_backend = _choose_backend(backend)
-    if precision != "auto":
-        artifact, why_precision = manifest.onnx_artifact(precision), f"precision {precision} as asked"
-    else:
-        artifact, why_precision = _choose_artifact(manifest, name)
-    if artifact is None:
-        _refuse_precision(manifest, precision)
-    return Choice(name, artifact, f"{why_backend}; {why_precision}")
+        _require_precision(manifest, precision, backend)
+    if backend != "auto":
+        probe = probe_backend(backend)
+        if not probe.runs:
+            _refuse_backend(backend, probe.reason, probe.install)
+        return _with_artifact(manifest, backend, precision, f"back-end {backend} as asked")
+    tuned, note = _tuned(manifest, precision)
+    return tuned or _first_that_runs(manifest, precision, note)
+
+
+def safe_artifacts(manifest: ModelManifest, backend: str) -> list[ArtifactSpec]:
+    """What a back-end may run without being told the precision, in the order of its preference.
+
+    Args:
+        manifest: of the bundle.
+        backend: one of BACKENDS; for "trt" these are engines that fit the GPU and TensorRT of this machine.
+    """
+    found = (_artifact(manifest, backend, precision) for precision in PREFERRED_PRECISIONS[backend])
+    return [
+        artifact for artifact in found if artifact is not None and _why_not_safe(manifest, artifact, backend) is None
+    ]
 
 
 def parity_passed(artifact: ArtifactSpec, backend: str) -> bool:
     """Whether every parity check of the artifact on this back-end passed; on any, where none names this one."""
     mine = [parity for parity in artifact.parity if parity.backend == backend]
-    checks = mine or list(artifact.parity)
+    checks = mine if backend == _OWN_PARITY else mine or list(artifact.parity)
     return bool(checks) and all(parity.passed for parity in checks)
 
 
-def _choose_backend(backend: str) -> tuple[str, str]:
-    if backend != "auto":
-        probe = probe_backend(backend)
-        if not probe.runs:
-            _refuse_backend(backend, probe.reason, probe.install)
-        return backend, f"back-end {backend} as asked"
+def compared_artifact(manifest: ModelManifest, artifact: ArtifactSpec) -> ArtifactSpec | None:
+    """What was compared with PyTorch for an artifact: itself, or the graph that an engine is built from.
+
+    None where the bundle has that graph no more, or another one under its name.
+    """
+    if artifact.engine is None or artifact.parity:
+        return artifact if artifact.format == "onnx" or artifact.parity else None
+    built = (artifact.engine.source, artifact.engine.source_sha256)
+    return next((a for a in manifest.artifacts if (a.file, a.sha256) == built), None)
+
+
+def _tuned(manifest: ModelManifest, precision: str) -> tuple[Choice | None, str]:
+    """The fastest that was measured here and may be taken; or None, and why a measurement does not count."""
+    tuning, note = kept_tuning(manifest)
+    if tuning is None:
+        return None, note
+    fitting = [timing for timing in tuning.by_speed() if precision in ("auto", timing.precision)]
     passed_over: list[str] = []
-    for name in BACKENDS:
+    for timing in fitting:
+        why_not = _why_not_tuned(manifest, timing, named=precision != "auto")
+        if why_not is None:
+            artifact = next(a for a in manifest.artifacts if a.file == timing.artifact)
+            others = "".join(f", {other.described()}" for other in fitting if other is not timing)
+            aside = f" ({'; '.join(passed_over)})" if passed_over else ""
+            reason = f"fastest by `ntf tune` of {tuning.measured}: {timing.described()}{others}{aside}"
+            return Choice(timing.backend, artifact, reason), ""
+        passed_over.append(f"{timing.backend} {timing.precision}: {why_not}")
+    return None, f"`ntf tune` measured nothing that runs now ({'; '.join(passed_over) or f'nothing in {precision}'})"
+
+
+def _why_not_tuned(manifest: ModelManifest, timing: Timing, *, named: bool) -> str | None:
+    artifact = _artifact(manifest, timing.backend, timing.precision)
+    if artifact is None or artifact.file != timing.artifact:
+        return f"{timing.artifact} does not fit any more"
+    why_not = None if named else _why_not_safe(manifest, artifact, timing.backend)
+    if why_not is None and not (probe := probe_backend(timing.backend)).runs:
+        return probe.reason
+    return why_not
+
+
+def _first_that_runs(manifest: ModelManifest, precision: str, note: str) -> Choice:
+    passed_over = [note] if note else []
+    for name in AUTO_BACKENDS:
+        if name == "trt" and (why_not := _why_no_engine(manifest, precision)) is not None:
+            passed_over += [f"{name}: {why_not}"] if why_not else []
+            continue
+        if name != "trt" and precision != "auto" and manifest.onnx_artifact(precision) is None:
+            continue
         probe = probe_backend(name)
         if probe.runs:
-            note = f" ({'; '.join(passed_over)})" if passed_over else ""
-            return name, f"back-end {name} is the first that runs here{note}"
+            aside = f" ({'; '.join(passed_over)})" if passed_over else ""
+            return _with_artifact(manifest, name, precision, f"back-end {name} is the first that runs here{aside}")
         passed_over.append(f"{name}: {probe.reason}")
     raise BackendError(
         "backend auto",
@@ -80,17 +141,77 @@ def _choose_backend(backend: str) -> tuple[str, str]:
     )
 
 
-def _choose_artifact(manifest: ModelManifest, backend: str) -> tuple[ArtifactSpec | None, str]:
+def _why_no_engine(manifest: ModelManifest, precision: str) -> str | None:
+    """Why `auto` takes no engine of a bundle, or None; "" where it has none that one could speak of."""
+    engines = [a for a in manifest.artifacts if a.format == "engine" and precision in ("auto", a.precision)]
+    if not engines:
+        return ""
+    fitting, why_not = _fitting_engines(manifest)
+    if not (usable := [engine for engine in engines if engine in fitting]):
+        return why_not
+    reasons = [_why_not_safe(manifest, engine, "trt") for engine in usable]
+    # A named precision is taken whatever its parity, as with every back-end.
+    if None in reasons or precision != "auto":
+        return None
+    return "; ".join(f"{engine.file} {reason}" for engine, reason in zip(usable, reasons, strict=True))
+
+
+def _with_artifact(manifest: ModelManifest, backend: str, precision: str, why_backend: str) -> Choice:
+    if precision != "auto":
+        artifact, why = _artifact(manifest, backend, precision), f"precision {precision} as asked"
+    else:
+        artifact, why = _first_safe(manifest, backend)
+    if artifact is None:
+        _refuse_precision(manifest, precision, backend)
+    return Choice(backend, artifact, f"{why_backend}; {why}")
+
+
+def _first_safe(manifest: ModelManifest, backend: str) -> tuple[ArtifactSpec | None, str]:
     passed_over: list[str] = []
     for precision in PREFERRED_PRECISIONS[backend]:
-        artifact = manifest.onnx_artifact(precision)
+        artifact = _artifact(manifest, backend, precision)
         if artifact is None:
             continue
-        if precision == "fp32" or parity_passed(artifact, backend):
+        why_not = _why_not_safe(manifest, artifact, backend, any_batch=True)
+        if why_not is None:
             note = f" ({'; '.join(passed_over)})" if passed_over else ""
             return artifact, f"precision {precision} is the first choice for it{note}"
-        passed_over.append(f"{precision} has no passed parity check")
+        passed_over.append(f"{precision} {why_not}")
     return None, ""
+
+
+def _artifact(manifest: ModelManifest, backend: str, precision: str) -> ArtifactSpec | None:
+    """What a back-end runs of a precision on this machine."""
+    if backend != "trt":
+        return manifest.onnx_artifact(precision)
+    return next((engine for engine in _fitting_engines(manifest)[0] if engine.precision == precision), None)
+
+
+def _fitting_engines(manifest: ModelManifest) -> tuple[list[ArtifactSpec], str]:
+    """Engines that fit the GPU and the TensorRT of this machine, and why the others do not."""
+    from runtime.backends.trt_installed import fitting_engines
+
+    return fitting_engines(manifest)
+
+
+def _why_not_safe(
+    manifest: ModelManifest, artifact: ArtifactSpec, backend: str, *, any_batch: bool = False
+) -> str | None:
+    """Why an artifact is not taken without being named, or None.
+
+    Args:
+        manifest: of the bundle.
+        artifact: of it.
+        backend: that would run it.
+        any_batch: whether the back-end was named, so that whoever did minds the batches.
+    """
+    profile = artifact.profile
+    if profile is not None and not any_batch and not (profile.min_batch == 1 and profile.max_batch >= _USUAL_BATCH):
+        return f"takes batches of {profile.min_batch} to {profile.max_batch}, not 1 to {_USUAL_BATCH}"
+    compared = compared_artifact(manifest, artifact)
+    if artifact.precision != "fp32" and (compared is None or not parity_passed(compared, backend)):
+        return "has no passed parity check"
+    return None
 
 
 def _refuse_backend(name: str, reason: str, install: str) -> NoReturn:
@@ -103,7 +224,7 @@ def _refuse_backend(name: str, reason: str, install: str) -> NoReturn:
     )
 
 
-def _require_precision(manifest: ModelManifest, precision: str) -> None:
+def _require_precision(manifest: ModelManifest, precision: str, backend: str) -> None:
     if precision not in PRECISIONS:
         raise BackendError(
             "precision",
@@ -111,18 +232,36 @@ def _require_precision(manifest: ModelManifest, precision: str) -> None:
             wanted=f"auto or one of {', '.join(PRECISIONS)}",
             remedy="choose one of these",
         )
-    if manifest.onnx_artifact(precision) is None:
-        _refuse_precision(manifest, precision)
+    engines = backend in ("auto", "trt") and any(
+        a.format == "engine" and a.precision == precision for a in manifest.artifacts
+    )
+    if not engines and (backend == "trt" or manifest.onnx_artifact(precision) is None):
+        _refuse_precision(manifest, precision, backend)
 
 
-def _refuse_precision(manifest: ModelManifest, precision: str) -> NoReturn:
+def _refuse_precision(manifest: ModelManifest, precision: str, backend: str) -> NoReturn:
+    if backend == "trt":
+        _refuse_engines(manifest, precision)
     there = ", ".join(manifest.onnx_precisions()) or "none"
     engines = sum(artifact.format == "engine" for artifact in manifest.artifacts)
-    note = f"; {engines} engine(s), which this version cannot run" if engines else ""
+    note = f"; {engines} engine(s), which the back-end trt runs" if engines else ""
     safe = " that is FP32 or passed its parity check" if precision == "auto" else ""
     raise BackendError(
         f"precision {precision}",
         got=f"a bundle with these ONNX precisions: {there}{note}",
         wanted=f"an ONNX graph{safe}",
         remedy="name a precision that is there, or export and verify the one that is wanted",
+    )
+
+
+def _refuse_engines(manifest: ModelManifest, precision: str) -> NoReturn:
+    fitting, why_not = _fitting_engines(manifest)
+    there = ", ".join(f"{engine.file} in {engine.precision}" for engine in fitting) or why_not
+    safe = ", FP32 or of a graph that passed its parity check" if precision == "auto" else ""
+    flag = "fp16" if precision == "auto" else precision
+    raise BackendError(
+        f"engine of precision {precision}",
+        got=there,
+        wanted=f"an engine that fits this machine{safe}",
+        remedy=f"name a precision that is there, or build one here: python -m export.trt --model BUNDLE --{flag}",
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import io
-import threading
+import queue
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from runtime.backends.base import (
     checked_outputs,
     installed_version,
     refuse_to_open,
+    refuse_to_run,
 )
 from runtime.errors import BackendError
 from runtime.manifest import INPUT_NAME, OUTPUTS, ModelManifest
@@ -33,62 +35,102 @@ _T = TypeVar("_T")
 
 
 class OpenVinoBackend:
-    """A graph in OpenVINO, compiled for low latency and with float layers held at float32.
+    """A graph in OpenVINO, with float layers held at float32.
 
     Args:
         model: content of an .onnx file.
         manifest: of the bundle, which the graph must fit.
         file: name of the artifact, for messages.
-        threads: CPU threads of one inference; None leaves it to OpenVINO.
+        threads: CPU threads of all inferences together; None leaves it to OpenVINO.
+        hint: "latency" lets one inference use every thread; "throughput" runs several at once on a few threads each,
+            and cuts a batch into as many parts.
 
     Raises:
         BackendError: the package is missing, or the graph cannot be compiled.
         BundleError: the graph is not what the manifest promises.
 
     Note:
-        Calls of `infer` from several threads wait for one another: there is one infer request.
+        `infer` may be called from several threads at once: there are as many infer requests as OpenVINO advises.
     """
 
-    def __init__(self, model: bytes, manifest: ModelManifest, *, file: str, threads: int | None = None) -> None:
+    def __init__(
+        self, model: bytes, manifest: ModelManifest, *, file: str, threads: int | None = None, hint: str = "latency"
+    ) -> None:
         openvino = _import_openvino()
         self.name = NAME
         self.device = "cpu"
         self.version = str(openvino.__version__).split("-")[0]
         self._manifest = manifest
-        self._lock = threading.Lock()
         try:
-            compiled = compile_for_cpu(io.BytesIO(model), threads=threads)
+            compiled = compile_for_cpu(io.BytesIO(model), threads=threads, hint=hint)
         except Exception as error:  # OpenVINO raises plain RuntimeError and its subclasses
             refuse_to_open(NAME, error)
         check_graph(_tensors(compiled.inputs), _tensors(compiled.outputs), manifest, file)
-        self._request: Any = compiled.create_infer_request()
+        self.hint = hint
+        self.requests = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        self._parts = self.requests if hint == "throughput" else 1
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(self.requests):
+            self._idle.put(compiled.create_infer_request())
 
     def infer(self, images: NDArray[np.uint8]) -> Outputs:
-        """Outputs for images (N, H, W, 3) uint8."""
-        with self._lock:
-            # In OpenVINO's own threads: inferred in the caller's (`infer`), graphs that are opened and closed while
-            # threads come and go leave a broken heap, as seen with 2026.4.1.
-            self._request.start_async({INPUT_NAME: images}, share_inputs=False)
-            self._request.wait()
-            # The request's own arrays are overwritten by the next batch.
-            arrays = {name: np.array(self._request.results[name]) for name in OUTPUTS}
+        """Outputs for images (N, H, W, 3) uint8.
+
+        Raises:
+            BackendError: OpenVINO fails.
+        """
+        done: list[dict[str, NDArray[np.float32]]] = []
+        running: deque[Any] = deque()
+        try:
+            for part in np.array_split(images, min(self._parts, len(images))):
+                request = self._taken(running, done)
+                running.append(request)
+                # In OpenVINO's own threads: inferred in the caller's (`infer`), graphs that are opened and closed while
+                # threads come and go leave a broken heap, as seen with 2026.4.1.
+                request.start_async({INPUT_NAME: part}, share_inputs=False)
+            while running:
+                done.append(_outputs(running[0]))
+                self._idle.put(running.popleft())
+        except Exception as error:  # OpenVINO raises plain RuntimeError and its subclasses
+            refuse_to_run(NAME, error)
+        finally:
+            for request in running:  # an inference failed, and the others are of no use any more
+                request.cancel()
+                self._idle.put(request)
+        arrays = {name: np.concatenate([outputs[name] for outputs in done]) for name in OUTPUTS}
         return checked_outputs(arrays, len(images), self._manifest)
 
     def close(self) -> None:
         """Releases the compiled graph."""
-        self._request = None
+        self._idle = queue.SimpleQueue()
+
+    def _taken(self, running: deque[Any], done: list[dict[str, NDArray[np.float32]]]) -> Any:
+        """A request that is free. A call waits for those of others only as long as it holds none itself, since calls
+        that wait for each other would wait for ever; after that it uses its own first one again."""
+        try:
+            return self._idle.get(block=not running)
+        except queue.Empty:
+            done.append(_outputs(running[0]))
+            return running.popleft()
 
 
-def compile_for_cpu(*content: Any, threads: int | None = None) -> Any:
-    """A graph compiled for low latency with float layers held at float32.
+def _outputs(request: Any) -> dict[str, NDArray[np.float32]]:
+    """What a request computed, waited for and copied: its tensors are overwritten by its next inference."""
+    request.wait()
+    return {name: np.array(request.results[name]) for name in OUTPUTS}
+
+
+def compile_for_cpu(*content: Any, threads: int | None = None, hint: str = "latency") -> Any:
+    """A graph compiled with float layers held at float32.
 
     Args:
         content: what `openvino.Core.read_model` takes.
-        threads: CPU threads of one inference; None leaves it to OpenVINO.
+        threads: CPU threads of all inferences together; None leaves it to OpenVINO.
+        hint: "latency" or "throughput".
     """
     openvino = _import_openvino()
     # bfloat16 would be chosen by itself on newer CPUs, and the same picture would score differently there.
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    config: dict[str, Any] = {"PERFORMANCE_HINT": hint.upper(), "INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
 
