@@ -4,6 +4,7 @@
       BundleError      a model bundle is missing, damaged or of an unknown schema
       BackendError     a back-end or precision that was asked for cannot run here
       PictureError     one picture cannot be read or is outside the stated limits
+      CollectionError  a collection, or what an interrupted scoring left, is damaged or has changed
       UsageError       an argument does not make sense
       (train.errors and export.errors derive theirs from NTFError as well)
 
@@ -49,6 +50,10 @@ class BackendError(NTFError):
 
 class PictureError(NTFError):
     """One picture cannot be read or is outside the stated limits."""
+
+
+class CollectionError(NTFError):
+    """A collection of pictures, or what an interrupted scoring of it left, is damaged or has changed."""
 
 
 class UsageError(NTFError):
