@@ -19,6 +19,7 @@ from typing import Any
 
 import runtime.errors
 from runtime.bundle import pack_bundle
+from runtime.detector import Detector
 from runtime.errors import NTFError, UsageError
 from runtime.manifest import ModelManifest
 from runtime.scoring.listing import picture_from_line
@@ -169,10 +170,9 @@ class PartScorer:
 
     def __init__(self, model: list[Any], options: DetectorOptions) -> None:
         self._options = options
-        self._folder = tempfile.TemporaryDirectory(prefix="ntf-score-")
         self._error: NTFError | None = None
         try:
-            self._detector = _opened(_import_ray().get(model[0]), Path(self._folder.name), options)
+            self._detector = _opened(_import_ray().get(model[0]), options)
         except NTFError as error:
             self._error = error
 
@@ -196,12 +196,11 @@ class PartScorer:
             return "", _error_text(error)
 
 
-def _opened(packed: bytes, folder: Path, options: DetectorOptions) -> Any:
-    from runtime.detector import Detector
-
-    path = folder / "model.zip"
-    path.write_bytes(packed)
-    return Detector.load(path, backend=options.backend, precision=options.precision, threads=options.threads)
+def _opened(packed: bytes, options: DetectorOptions) -> Detector:
+    with tempfile.TemporaryDirectory(prefix="ntf-score-") as folder:
+        path = Path(folder) / "model.zip"
+        path.write_bytes(packed)
+        return Detector.load(path, backend=options.backend, precision=options.precision, threads=options.threads)
 
 
 def _resolved(manifest: ModelManifest, backend: str, precision: str) -> str:

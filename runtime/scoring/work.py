@@ -159,7 +159,8 @@ class Work:
 
     def listed(self, wanted: set[int]) -> Iterator[tuple[int, Iterator[str]]]:
         """Number of each wanted part with its lines of the listing, in order."""
-        return parts_of(self.folder / LISTING_FILE, self.configuration.part_size, wanted)
+        # Nothing is wanted where a process was killed while it removed what is not needed any more, the listing first.
+        return parts_of(self.folder / LISTING_FILE, self.configuration.part_size, wanted) if wanted else iter(())
 
     def commit(self, number: int, rows: Iterable[Row]) -> None:
         """Keeps the rows of a part.
