@@ -9,6 +9,7 @@ from __future__ import annotations
 from runtime.backends.base import Backend, Outputs, Probe
 from runtime.errors import BackendError
 from runtime.manifest import ModelManifest
+from runtime.onnx_guard import require_self_contained
 
 BACKENDS = ("onnxruntime-cuda", "onnxruntime", "openvino")
 
@@ -43,9 +44,10 @@ def open_backend(name: str, model: bytes, manifest: ModelManifest, *, file: str,
 
     Raises:
         BackendError: no such back-end, its package is missing, or it cannot run the graph on its device.
-        BundleError: the graph is not what the manifest promises.
+        BundleError: the graph is not what the manifest promises, or asks for another file.
     """
     _require_known(name)
+    require_self_contained(model, file)
     if name == "openvino":
         from runtime.backends.openvino import OpenVinoBackend
 
