@@ -69,6 +69,14 @@ def test_a_list_gives_its_lines_relative_to_its_own_folder_whatever_bytes_they_h
     assert base_folder(str(path)) == str(tmp_path)
 
 
+def test_a_folder_with_the_name_of_a_list_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.csv").mkdir()
+    (tmp_path / "old.csv" / "a.png").touch()
+    assert names("old.csv") == ["old.csv/a.png"]
+    assert base_folder("old.csv") == str(tmp_path)
+
+
 def test_a_csv_table_gives_its_column(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text('label,file\n1,"a,\nb.jpg"\n0,c.jpg\n')

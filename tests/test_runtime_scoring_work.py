@@ -123,6 +123,17 @@ def test_a_second_process_on_the_same_results_is_refused(tmp_path):
     begun(tmp_path / "r.csv").close()
 
 
+def test_a_folder_that_its_last_owner_has_just_removed_is_refused(tmp_path, monkeypatch):
+    from runtime.scoring import work as work_module
+
+    def locked_too_late(descriptor, operation):
+        (tmp_path / "r.csv.parts").rmdir()
+
+    monkeypatch.setattr(work_module.fcntl, "flock", locked_too_late)
+    with pytest.raises(CollectionError, match="a scoring that ended this very moment"):
+        Work(tmp_path / "r.csv")
+
+
 def test_nothing_is_left_where_nothing_was_begun(tmp_path):
     with Work(tmp_path / "r.csv") as work:
         work.list_pictures([])
@@ -177,6 +188,8 @@ def test_a_full_disk_is_refused_in_words_and_the_part_is_not_there(tmp_path, mon
             patch.setattr(os, "fsync", full)
             with pytest.raises(CollectionError, match="No space left on device"):
                 work.commit(0, ROWS[:2])
+            with pytest.raises(CollectionError, match="No space left on device"):
+                work.list_pictures([Picture("a.png")])
         assert work.missing() == {0, 1}
 
 

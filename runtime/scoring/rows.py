@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import NamedTuple
 
 from runtime.decode import PictureSource
@@ -51,9 +51,14 @@ def rows_of(detector: Detector, pictures: Iterable[Picture], base: str, *, batch
     # Name of each picture that was taken, and why it never came to the detector if it did not.
     waiting: deque[tuple[str, PictureError | None]] = deque()
     with ShardReader() as reader:
-        for detection in detector.stream(_readable(pictures, base, reader, waiting.append), batch_size=batch_size):
-            yield from _failed_first(waiting)
-            yield _row(waiting.popleft()[0], detection)
+        detections = detector.stream(_readable(pictures, base, reader, waiting.append), batch_size=batch_size)
+        try:
+            for detection in detections:
+                yield from _failed_first(waiting)
+                yield _row(waiting.popleft()[0], detection)
+        finally:
+            if isinstance(detections, Generator):  # it may read ahead, so it ends before the reader does
+                detections.close()
         yield from _failed_first(waiting)
 
 

@@ -41,7 +41,8 @@ class Picture:
 
 def base_folder(source: str) -> str:
     """Absolute folder that relative paths of a collection start from: the list's own, else the current one."""
-    return os.path.dirname(os.path.abspath(source)) if _suffix(source) in _LISTED else os.getcwd()
+    is_list = _suffix(source) in _LISTED and not os.path.isdir(source)
+    return os.path.dirname(os.path.abspath(source)) if is_list else os.getcwd()
 
 
 def pictures_of(source: str, *, column: str = DEFAULT_COLUMN) -> Iterator[Picture]:
@@ -58,12 +59,12 @@ def pictures_of(source: str, *, column: str = DEFAULT_COLUMN) -> Iterator[Pictur
         CollectionError: a shard, a list or a table is damaged, or a row has no path.
     """
     if os.path.isdir(source):
-        return _expanded(files_below(source, _is_wanted), os.getcwd())
+        return _expanded(files_below(source, _is_wanted), base_folder(source))
     if not os.path.exists(source):
         _refuse_source(source, "nothing there")
     suffix = _suffix(source)
     if suffix == SHARD_SUFFIX:
-        return _expanded(iter([source]), os.getcwd())
+        return _expanded(iter([source]), base_folder(source))
     if suffix not in _LISTED:
         _refuse_source(source, f"a file ending in {suffix!r}")
     paths = {".csv": _csv_paths, ".parquet": _parquet_paths}.get(suffix, _text_paths)(source, column)

@@ -122,7 +122,11 @@ class Work:
         Raises:
             NTFError: as `pictures` raises it.
         """
-        return write_listing(self.folder / f"{LISTING_FILE}{_UNFINISHED}", pictures)
+        path = self.folder / f"{LISTING_FILE}{_UNFINISHED}"
+        try:
+            return write_listing(path, pictures)
+        except OSError as error:
+            _refuse(path, f"a file that cannot be written ({error.strerror})", "room on the disk", "make room")
 
     def begin(self, configuration: Configuration) -> None:
         """Starts with the pictures that were listed last, or goes on with what is there.
@@ -273,6 +277,9 @@ def _locked(folder: Path) -> int:
     except OSError:
         os.close(descriptor)
         _refuse(folder, "a scoring in progress", "one process for a results file", "wait for it, or stop it")
+    if not (folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())):
+        os.close(descriptor)
+        _refuse(folder, "a scoring that ended this very moment", "one process for a results file")
     return descriptor
 
 
