@@ -44,8 +44,8 @@ class Options:
     """Report to write; inputs that were not refused as they should be are kept beside it."""
     seed: int = 0
     """Of the mutations."""
-    timeout_s: int = 20
-    """Time that one input may take."""
+    timeout_s: int = 60
+    """Time that one input may take, by the clock on the wall: a busy machine needs more."""
     memory_mb: int = 2048
     """Memory that a process may hold."""
     target: str | None = None
