@@ -3,6 +3,7 @@
 #   make test    the tests            make test-all   with the slow ones
 #   make check   lint, types, format  make format     apply the format
 #   make extension   the fused loss; the targets that train or test make it first
+#   make fuzz    100,000 wrong pictures, bundles and shards, and a report; fails at the first that is not refused
 #   make bench   demo and benchmarks, their JSON and the README's tables; fails if a check of the loss is not met
 PYTHON ?= python3
 VENV := .venv
@@ -11,13 +12,14 @@ INSTALLED := $(VENV)/.installed
 EXTENSION := $(VENV)/.extension
 # Versions that the tests passed with; CONSTRAINTS= installs the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
-EXTRAS := train,export,cpu,serve,jpeg,triton,dev
-# TensorRT-RTX has wheels for this platform only; elsewhere the ONNX files are made without an engine.
+EXTRAS := train,export,cpu,jpeg,serve,triton,score,ray,dev
+# TensorRT-RTX has wheels for this platform only; elsewhere the ONNX files are made without an engine. Nor has the fuzzer
+# wheels for others; elsewhere `make fuzz` makes its own mutants, without feedback.
 ifeq ($(shell uname -sm),Linux x86_64)
-EXTRAS := $(EXTRAS),rtx
+EXTRAS := $(EXTRAS),rtx,fuzz
 endif
 
-.PHONY: demo test test-all check format bench install extension clean
+.PHONY: demo test test-all check format fuzz bench install extension clean
 
 install: $(INSTALLED) $(EXTENSION)
 extension: $(EXTENSION)
@@ -57,6 +59,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m benchmarks.fuzz --inputs 100000
 
 bench: demo
 	mkdir -p build

@@ -162,10 +162,12 @@ def _read_from_folder(folder: Path, name: str, limit: int) -> bytes:
     path = folder / name
     try:
         # A link could lead out of the folder, and a bundle is copied without what it points to.
-        if not stat.S_ISREG(path.lstat().st_mode):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
             _refuse(path, "something that is no regular file", "a file of the bundle", COPY_AGAIN)
         with path.open("rb") as file:
-            return file.read(limit + 1)
+            # The limit is what the manifest claims, and Python reserves what it is asked to read.
+            return file.read(min(limit, status.st_size) + 1)
     except FileNotFoundError:
         _refuse(path, "no such file", "a complete bundle", COPY_AGAIN)
     except OSError as error:

@@ -25,6 +25,8 @@ COPY_AGAIN = "copy the bundle again, or export the model again"
 
 # An ONNX graph holds 2 GiB at most, and engines are about as large as the graph.
 _MAX_ENTRY_BYTES = 4 << 30
+# Weights shrink by a tenth, and text to a tenth; what a manifest claims could else be made of next to nothing.
+_MAX_INFLATION = 200
 _SEAL = b"ntf-toolkit bundle, sha256 "
 _SEAL_BYTES = len(_SEAL) + 64
 _END_RECORD, _END_RECORD_BYTES = b"PK\x05\x06", 22
@@ -71,13 +73,17 @@ def read_from_zip(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
     """Content of one entry, which is not read beyond `limit` bytes whatever it claims or inflates to.
 
     Raises:
-        BundleError: there is no such entry, it claims more than `limit` bytes, or its data are damaged.
+        BundleError: there is no such entry, it claims more than `limit` bytes or inflates beyond reason, or its data
+            are damaged.
     """
     subject = f"{archive.filename}: {name}"
     try:
-        claimed = archive.getinfo(name).file_size
-        if claimed > limit:
-            _refuse(subject, f"an entry of {claimed} bytes", f"at most {limit} bytes", COPY_AGAIN)
+        info = archive.getinfo(name)
+        if info.file_size > limit:
+            _refuse(subject, f"an entry of {info.file_size} bytes", f"at most {limit} bytes", COPY_AGAIN)
+        if info.file_size > _MAX_INFLATION * info.compress_size:
+            got = f"{info.compress_size} bytes that inflate to {info.file_size}"
+            _refuse(subject, got, f"at most {_MAX_INFLATION} times as much", "do not use this bundle, or zip it again")
         with archive.open(name) as file:
             return file.read(limit + 1)
     except KeyError:

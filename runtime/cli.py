@@ -1,4 +1,4 @@
-"""The `ntf` command: predict, inspect, pack, serve, tune, doctor.
+"""The `ntf` command: predict, score, inspect, pack, serve, tune, doctor.
 
 Exit status: 0 everything scored, 1 some pictures failed (doctor: no back-end runs), 2 wrong usage, nothing found
 or a bad bundle, 130 stopped by Ctrl-C, 141 when the reader of the output went away. Results go to standard
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import runtime
 from runtime.errors import NTFError
+from runtime.scoring import command as score_command
 from runtime.serve.command import add_serve
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ntf-toolkit {runtime.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_predict(commands.add_parser("predict", help="score pictures"))
+    score_command.add_options(commands.add_parser("score", help="score a large collection into one file"))
     inspect = commands.add_parser("inspect", help="show what a model bundle says about itself")
     inspect.add_argument("model", metavar="MODEL", help="folder or .zip file of a model bundle")
     inspect.add_argument("--json", action="store_true", help="the manifest as JSON")

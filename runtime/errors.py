@@ -6,6 +6,7 @@
       PictureError     one picture cannot be read or is outside the stated limits
         PictureFormatError   it is of no known picture format
         PictureTooLargeError it has more pixels than are accepted
+      CollectionError  a collection, or what an interrupted scoring left, is damaged or has changed
       UsageError       an argument does not make sense
       QueueFullError   as many requests wait as may wait
       DeadlineError    the time that a request was given passed before it was answered
@@ -62,6 +63,10 @@ class PictureFormatError(PictureError):
 
 class PictureTooLargeError(PictureError):
     """A picture has more pixels than are accepted."""
+
+
+class CollectionError(NTFError):
+    """A collection of pictures, or what an interrupted scoring of it left, is damaged or has changed."""
 
 
 class UsageError(NTFError):

@@ -322,7 +322,7 @@ def manifest_from_json(text: str) -> ModelManifest:
     _check_schema_version(plain.get("schema_version"))
     stated = plain.pop("manifest_sha256", None)
     manifest = from_jsonable(ModelManifest, plain)
-    if stated != _text_sha256(canonical_json(plain)) or text != manifest_to_json(manifest):
+    if not _is_canonical(text, plain, stated, manifest):
         _refuse(
             MANIFEST_FILE,
             "a text that does not match its own manifest_sha256",
@@ -364,6 +364,13 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _is_canonical(text: str, plain: object, stated: object, manifest: ModelManifest) -> bool:
+    try:
+        return stated == _text_sha256(canonical_json(plain)) and text == manifest_to_json(manifest)
+    except UnicodeEncodeError:  # JSON can escape what no text holds: half of a surrogate pair
+        return False
 
 
 def _text_sha256(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +29,26 @@ def expand_pictures(arguments: Iterable[str]) -> list[str]:
     return list(found)
 
 
+def files_below(folder: str, wanted: Callable[[str], bool]) -> Iterator[str]:
+    """Paths of the files below a folder whose name is wanted, sorted within each folder; hidden ones are left out.
+
+    Args:
+        folder: where to look; links to folders are not followed.
+        wanted: says for a file's name whether it is meant.
+
+    Raises:
+        UsageError: a folder cannot be read.
+
+    Note:
+        Holds the names of one folder, and of those above it, at a time.
+    """
+    for parent, folders, files in os.walk(folder, onerror=_refuse_folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and wanted(name):
+                yield os.path.join(parent, name)
+
+
 def _expand(argument: str) -> list[str]:
     if os.path.isdir(argument):
         return _pictures_below(argument) or _refuse(argument, "a folder without pictures")
@@ -41,16 +61,21 @@ def _expand(argument: str) -> list[str]:
 
 
 def _pictures_below(folder: str) -> list[str]:
-    pictures = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures += [os.path.join(parent, name) for name in sorted(files) if is_picture_name(name)]
-    return pictures
+    return list(files_below(folder, is_picture_name))
 
 
 def is_picture_name(name: str) -> bool:
     """Whether a scan of a folder takes a file of this name for a picture."""
     return not name.startswith(".") and Path(name).suffix.lower() in PICTURE_SUFFIXES
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise UsageError(
+        str(error.filename),
+        got=f"a folder that cannot be read ({error.strerror})",
+        wanted="readable folders",
+        remedy="check its permissions",
+    ) from error
 
 
 def _refuse(argument: str, got: str) -> NoReturn:

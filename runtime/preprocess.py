@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from runtime.errors import PictureError, UsageError
 
+# A small picture is padded to the model's input, so a manifest says what memory it takes: 50 MB at this size.
+MAX_SIDE = 4096
+
 
 class Part(NamedTuple):
     """A rectangle of a picture, in pixels."""
@@ -55,11 +58,11 @@ class PreprocessSpec:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1:
+        if not (1 <= self.height <= MAX_SIDE and 1 <= self.width <= MAX_SIDE):
             raise UsageError(
                 "preprocess",
                 got=f"an input of {self.height}x{self.width}",
-                wanted="height and width of at least 1",
+                wanted=f"height and width of 1 to {MAX_SIDE}",
                 remedy="use the encoder's input size",
             )
         if not all(value > 0 for value in self.std):

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from runtime.errors import BundleError
+from runtime.errors import BundleError, UsageError
 
 T = TypeVar("T")
 
@@ -130,16 +130,19 @@ def _decode_dataclass(kind: type, value: object, where: str) -> Any:
     if not isinstance(value, dict):
         _refuse(where, repr(value), "an object")
     hints = typing.get_type_hints(kind)
-    fields = dataclasses.fields(kind)
-    names = [field.name for field in fields]
+    declared = dataclasses.fields(kind)
+    names = [field.name for field in declared]
     unknown = sorted(set(value) - set(names))
-    missing = sorted({field.name for field in fields if not _is_added(field)} - set(value))
+    missing = sorted({field.name for field in declared if not _is_added(field)} - set(value))
     if unknown:
         _refuse_fields(where, f"the unknown field {unknown[0]!r}", names)
     if missing:
         _refuse_fields(where, f"no field {missing[0]!r}", names)
-    given = [name for name in names if name in value]
-    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in given})
+    fields = {name: _decode(hints[name], value[name], f"{where}.{name}") for name in names if name in value}
+    try:
+        return kind(**fields)
+    except UsageError as error:  # of a class that is made by people as well; here it is the file that is wrong
+        raise BundleError(where, got=error.got, wanted=error.wanted, remedy=_REMEDY) from error
 
 
 def _decode_optional(kind: Any, value: object, where: str) -> Any:

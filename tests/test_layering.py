@@ -20,6 +20,8 @@ HEAVY = {
     "onnx",
     "onnxruntime",
     "openvino",
+    "pyarrow",
+    "ray",
     "tensorrt",
     "tensorrt_rtx",
     "pycuda",

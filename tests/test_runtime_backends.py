@@ -87,9 +87,15 @@ def test_graph_of_another_size_than_the_manifest_says_is_refused(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_graph_with_nothing_in_it_is_refused(manifest, name):
+    with pytest.raises(BackendError, match=f"back-end {name}: got a graph that it cannot open"):
+        _open(name, manifest, b"\x08\x08")  # says its version of ONNX, and no more
+
+
+@pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize("data", [b"garbage", tiny_graph()[:500]])
 def test_file_that_is_no_graph_is_refused(manifest, name, data):
-    with pytest.raises(BackendError, match=f"back-end {name}: got a graph that it cannot open"):
+    with pytest.raises(BundleError, match=r"model\.onnx: got a file that is no ONNX graph"):
         _open(name, manifest, data)
 
 

@@ -10,7 +10,20 @@ import pytest
 import runtime
 
 ROOT = Path(runtime.__file__).parent.parent
-HEAVY = ("torch", "torchvision", "timm", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "rich", "tyro")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "timm",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "rich",
+    "tyro",
+    "pyarrow",
+    "ray",
+)
 MODULES = sorted(module.name for module in pkgutil.walk_packages(runtime.__path__, "runtime."))
 
 _BLOCK = "import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"

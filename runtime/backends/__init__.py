@@ -11,6 +11,7 @@ from __future__ import annotations
 from runtime.backends.base import Backend, Outputs, Probe
 from runtime.errors import BackendError, UsageError
 from runtime.manifest import ModelManifest
+from runtime.onnx_guard import require_self_contained
 
 AUTO_BACKENDS = ("trt", "onnxruntime-cuda", "onnxruntime", "openvino")
 BACKENDS = (*AUTO_BACKENDS, "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx")
@@ -97,6 +98,7 @@ def open_backend(
         return TrtBackend(
             model, manifest, file=file, hint=hint or "latency", cuda_graphs=cuda_graphs, max_batch=max_batch
         )
+    require_self_contained(model, file)
     if name == "openvino":
         from runtime.backends.openvino import OpenVinoBackend
 
