@@ -23,9 +23,10 @@ from benchmarks.mutation import mutated_bytes, mutated_json, mutated_zip, with_p
 from benchmarks.pictures import photograph
 from runtime.backends.base import Outputs
 from runtime.bundle import Bundle, open_bundle, pack_bundle
-from runtime.decode import MAX_PIXELS, decode_picture
+from runtime.decode import decode_picture
 from runtime.errors import BundleError, CollectionError, NTFError, PictureError
 from runtime.golden import check_golden
+from runtime.limits import MAX_PIXELS
 from runtime.manifest import ModelManifest, manifest_from_json, manifest_to_json
 from runtime.onnx_guard import require_self_contained
 from runtime.preprocess import prepare

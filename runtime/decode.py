@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from runtime.errors import PictureError, PictureFormatError, PictureTooLargeError
 from runtime.jpeg_region import decode_jpeg_part, why_in_full
+from runtime.limits import MAX_PIXELS
 from runtime.pillow_guard import neutral_pillow
 from runtime.preprocess import Part, require_rgb
 
@@ -39,8 +40,6 @@ PictureSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8] | SupportsDLPack"
 )
 
-# 100 megapixels are a 400 MB Pillow image: the largest that one decoding thread may hold.
-MAX_PIXELS = 100_000_000
 # Bound on what is read from a stream that may never end; 100 megapixels of 16-bit RGB are 600 MB.
 MAX_STREAM_BYTES = 1 << 30
 # A JPEG file is read as a whole to decode a part of it; 100 megapixels at the highest quality are about as much.

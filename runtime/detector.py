@@ -21,9 +21,10 @@ from runtime.backends import Backend, Outputs, open_backend
 from runtime.backends.choice import Choice, choose
 from runtime.bundle import Bundle, open_bundle
 from runtime.changes import CHANGES, UNCHANGED, Looks, picture_crops
-from runtime.decode import MAX_PIXELS, PictureSource
+from runtime.decode import PictureSource
 from runtime.errors import PictureError, UsageError
 from runtime.golden import require_golden
+from runtime.limits import MAX_PIXELS
 from runtime.pipeline import pipelined
 from runtime.sources import is_array, is_file, require_many, source_name
 from runtime.stability import Stability, stability_of

@@ -1,4 +1,4 @@
-"""Limits that commands name before anything heavy is imported."""
+"""The limit that commands name before anything heavy is imported."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from runtime.arguments import require_duration, require_positive
 from runtime.backends.base import Outputs
 from runtime.batching import Answered, BatchObserver, DynamicBatcher
 from runtime.changes import Looks
-from runtime.decode import MAX_PIXELS, PictureSource, describe_source
+from runtime.decode import PictureSource, describe_source
 from runtime.detector import (
     MAX_DECODE_THREADS,
     Detection,
@@ -32,6 +32,7 @@ from runtime.detector import (
     looks_of,
 )
 from runtime.errors import ClosedError, PictureError, UsageError
+from runtime.limits import MAX_PIXELS
 from runtime.manifest import ModelManifest
 from runtime.pipeline import BATCHES_AHEAD
 from runtime.sources import is_array, is_file, require_many, source_name
@@ -133,6 +134,7 @@ class DetectorService:
             "max_pixels": max_pixels,
             "threads": threads,
             "check_golden": check_golden,
+            "max_batch": max_batch_size,
             **load_options,
         }
         return cls(

@@ -76,7 +76,7 @@ def backends(monkeypatch):
     """Gated back-ends in place of real ones, in the order of their opening."""
     opened = []
 
-    def open_backend(name, model, manifest, *, file, threads):
+    def open_backend(name, model, manifest, *, file, **options):
         opened.append(GatedBackend(OFFSET if manifest.name == "second" else 0.0))
         if len(opened) > 1:
             opened[-1].open()  # a swap warms it up

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.decode import MAX_PIXELS
 from runtime.errors import UsageError
+from runtime.limits import MAX_PIXELS
 from runtime.serve.settings import LOOPBACK_HOSTS, ServeLimits, ServeSettings
 
 if TYPE_CHECKING:

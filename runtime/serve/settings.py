@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from runtime.decode import MAX_PIXELS
 from runtime.errors import UsageError
+from runtime.limits import MAX_PIXELS
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 # Shorter ones are guessed; `openssl rand -hex 16` gives 32 characters.
