@@ -29,10 +29,12 @@ def entry(encoder, weights):
 
 def test_a_row_shows_the_graph_that_fits_and_where_it_costs_most():
     environment = {"machine": {"cpu": "a CPU"}, "versions": {"onnxruntime": "1.31", "openvino": "2026.4"}}
-    text = table({"encoders": [entry("resnet50", "none")], "pictures": 60, "environment": environment})
+    results = {"encoders": [entry("resnet50", "none")], "pictures": 60, "environment": environment}
+    text = table(results | {"budget": {"ap": 1.0, "flips": 3.5}})
     assert "| resnet50, random | 87.5 | mse | 2 | 90 % | +0.25 | 2.00 | 2.0 / 0.6 | 7 |" in text
     assert "a CPU, 60 validation pictures" in text
     assert "onnxruntime 1.31, openvino 2026.4." in text
+    assert "the budget was AP 1, verdict flips 3.5 points." in text
 
 
 def test_the_list_has_half_of_each_class_and_no_picture_twice(tmp_path):
