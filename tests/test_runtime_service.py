@@ -266,6 +266,61 @@ def test_stream_takes_sources_as_needed_and_gives_back_what_is_not_wanted(gated)
     eventually(lambda: service.queue_length == 0)
 
 
+def test_stream_waits_with_three_batches_on_their_way(tiny_bundle, backends):
+    images = list(random_images(30))
+    taken, detections, opened = [], [], threading.Event()
+
+    def pictures():
+        for index, rgb in enumerate(images):
+            assert index < 3 * 4 or opened.is_set()
+            taken.append(index)
+            yield rgb
+
+    with DetectorService.load(tiny_bundle, max_batch_size=4, max_wait_ms=0, max_queue=100) as service:
+        consumer = threading.Thread(target=lambda: detections.extend(service.stream(pictures())))
+        consumer.start()
+        eventually(lambda: len(taken) == 3 * 4)
+        opened.set()
+        backends[0].open()
+        consumer.join(PATIENCE_S)
+    assert_scores(detections, images)
+
+
+def test_stream_that_is_left_takes_its_pictures_out_of_the_queue(tiny_bundle, backends):
+    images = random_images(10)
+    with DetectorService.load(tiny_bundle, max_batch_size=4, max_wait_ms=0, max_queue=100) as service:
+        service.submit(images[0])
+        backends[0].await_batch()
+        stream, first = service.stream(images[1:]), []
+        consumer = threading.Thread(target=lambda: first.append(next(stream)))
+        consumer.start()
+        eventually(lambda: service.queue_length == 9)
+        backends[0].open(2)
+        consumer.join(PATIENCE_S)
+        eventually(lambda: service.queue_length == 1)  # four are scored, and the back-end is at four
+        stream.close()
+        assert service.queue_length == 0
+        backends[0].open()
+    assert_scores(first, images[1:2])
+    assert backends[0].batches == [1, 4, 4]
+
+
+def test_close_sends_away_at_once_who_waits_for_a_place(gated):
+    service, backend = gated
+    service.submit(random_images(1)[0])
+    backend.await_batch()
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        predicted = other.submit(service.predict, random_images(20))
+        eventually(lambda: service.queue_length == 6)
+        closing = threading.Thread(target=service.close)
+        closing.start()
+        with pytest.raises(ClosedError):
+            predicted.result(PATIENCE_S)  # the back-end is at its first batch still
+        backend.open()
+        closing.join(PATIENCE_S)
+    assert backend.batches == [1]
+
+
 def test_late_picture_raises_and_is_never_scored(gated):
     service, backend = gated
     service.submit(random_images(1)[0])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,12 @@ def _assert_scores(detections, images):
 def test_next_batches_are_decoded_while_the_back_end_is_busy(detector, monkeypatch):
     images = random_images(8)
     gate = Gate(detector, monkeypatch)
-    decoded = threading.Semaphore(0)
+    decoded, decoders = threading.Semaphore(0), set()
     prepare = detector.prepare
 
     def counted(source, **options):
         prepared = prepare(source, **options)
+        decoders.add(threading.current_thread().name.rpartition("_")[0])
         decoded.release()
         return prepared
 
@@ -74,6 +76,7 @@ def test_next_batches_are_decoded_while_the_back_end_is_busy(detector, monkeypat
     gate.gate.release(4)
     consumer.join(PATIENCE_S)
     _assert_scores(detections, images)
+    assert decoders == {"ntf-decode"}
 
 
 def test_sources_are_taken_a_few_batches_ahead_and_not_more(detector):
@@ -184,6 +187,42 @@ def test_close_waits_for_the_back_end_and_a_stream_then_says_that_it_is_closed(d
     closing.join(PATIENCE_S)
     consumer.join(PATIENCE_S)
     assert closed == [0]
+    assert "got a closed one" in str(errors[0])
+
+
+def test_files_that_wait_for_a_decoder_at_close_end_as_of_a_closed_detector(detector, monkeypatch):
+    all_taken, go_on = threading.Event(), threading.Event()
+    prepare = detector.prepare
+
+    def slow(source, **options):
+        assert go_on.wait(PATIENCE_S)
+        return prepare(source, **options)
+
+    def files():
+        yield from [_file(rgb) for rgb in random_images(12)]
+        all_taken.set()
+
+    monkeypatch.setattr(detector, "prepare", slow)
+    stream = detector.stream(files(), batch_size=12)
+    errors = []
+
+    def consume():
+        try:
+            list(stream)
+        except BaseException as error:
+            errors.append(error)
+
+    consumer, closing = threading.Thread(target=consume), threading.Thread(target=detector.close)
+    consumer.start()
+    assert all_taken.wait(PATIENCE_S)
+    closing.start()
+    until = time.monotonic() + PATIENCE_S
+    while not detector._pool._shutdown and time.monotonic() < until:
+        time.sleep(0.001)
+    go_on.set()
+    consumer.join(PATIENCE_S)
+    closing.join(PATIENCE_S)
+    assert [type(error) for error in errors] == [UsageError]
     assert "got a closed one" in str(errors[0])
 
 
