@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 EXTENSION := $(VENV)/.extension
 # Versions that the tests passed with; CONSTRAINTS= installs the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
-EXTRAS := train,export,cpu,jpeg,triton,dev
+EXTRAS := train,export,cpu,serve,jpeg,triton,dev
 # TensorRT-RTX has wheels for this platform only; elsewhere the ONNX files are made without an engine.
 ifeq ($(shell uname -sm),Linux x86_64)
 EXTRAS := $(EXTRAS),rtx
@@ -68,6 +68,7 @@ bench: demo
 	$(BIN)/python -m benchmarks.bench_runtime
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.bench_speed
 	$(BIN)/python -m benchmarks.bench_loss
+	$(BIN)/python -m benchmarks.serving
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

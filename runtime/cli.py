@@ -1,4 +1,4 @@
-"""The `ntf` command: predict, inspect, pack, doctor.
+"""The `ntf` command: predict, inspect, pack, serve, doctor.
 
 Exit status: 0 everything scored, 1 some pictures failed (doctor: no back-end runs), 2 wrong usage, nothing found
 or a bad bundle, 130 stopped by Ctrl-C, 141 when the reader of the output went away. Results go to standard
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import runtime
 from runtime.errors import NTFError
+from runtime.serve.command import add_serve
 
 if TYPE_CHECKING:
     from runtime.detector import Detection, DetectorInfo
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("model", metavar="MODEL", help="folder or .zip file of a model bundle")
     pack.add_argument("target", metavar="ZIP", nargs="?", help="file to write; default: MODEL.zip beside the folder")
     pack.set_defaults(run=_pack)
+    add_serve(commands.add_parser("serve", help="answer over HTTP, with a page for people"))
     doctor = commands.add_parser("doctor", help="show what is installed, what would run, what to install")
     doctor.add_argument("--json", action="store_true", help="the report as JSON")
     doctor.set_defaults(run=_doctor)

@@ -56,9 +56,9 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
         str(path.relative_to(ROOT))
         for name in PACKAGES
         for path in (ROOT / name).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed" or path.parent.name == "csrc"
+        if path.suffix == ".py" or path.name == "py.typed" or path.parent.name in ("csrc", "page")
     }
-    assert "cpp_ext/csrc/soft_contrastive.cpp" in expected
+    assert {"cpp_ext/csrc/soft_contrastive.cpp", "runtime/serve/page/index.html"} <= expected
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert expected - names == set()
