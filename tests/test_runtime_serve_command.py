@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def test_sigterm_ends_what_is_inside_first_and_gives_status_0(tiny_bundle):
         wait_for(lambda: client.counter("ntf_pictures_inside") == 1)
         process.send_signal(signal.SIGTERM)
         wait_for(lambda: client.get("/readyz").status == 503)
+        time.sleep(0.5)  # long enough for a server that does not wait to be gone
         assert client.infer(grey).code == "not_ready"
         assert client.get("/healthz").status == 200
         process.stdin.write("\n")

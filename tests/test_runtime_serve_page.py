@@ -107,6 +107,9 @@ def test_chosen_pictures_show_verdict_and_both_scores(open_page, server, files):
     card = _card(page, "0.png")
     playwright.expect(card.get_by_text(WORDS[str(CALIBRATION.verdicts(outputs["logits"])[0])])).to_be_visible()
     playwright.expect(card.locator(".probability")).to_have_text(f"{100 * probability:.1f} %")
+    real, fake = (CALIBRATION.fake_probability(t) for t in (CALIBRATION.real_threshold, CALIBRATION.fake_threshold))
+    words = f"calls a picture natural up to {100 * real:.1f} % and generated above {100 * fake:.1f} %."
+    playwright.expect(card.get_by_text(words)).to_be_visible()
     similarity = outputs["trace_similarity"][0]
     playwright.expect(card.locator(".similarity")).to_have_text(f"{similarity:+.3f}".replace("-", "−"))
     playwright.expect(_card(page, "1.png").locator(".verdict")).to_be_visible()

@@ -142,6 +142,8 @@ async function showResult(card, file, result) {
   find(".fill").style.width = `${100 * result.fake_probability}%`;
   find(".similarity").textContent = signed(result.trace_similarity);
   find(".mark").style.left = `${50 * (1 + result.trace_similarity)}%`;
+  find(".thresholds").textContent =
+    `This model calls a picture natural up to ${percent(model.real_below)} and generated above ${percent(model.fake_above)}.`;
   if (result.stability) showStability(find(".stability"), result.stability);
   find(".state").hidden = true;
   find(".found").hidden = false;
@@ -195,6 +197,7 @@ async function showViews(card, file, evidence) {
   find(".whole").setAttribute("aria-label", `${find(".name").textContent}, ${picture.width} by ${picture.height} pixels`);
   find(".crop").setAttribute("role", "img");
   find(".crop").setAttribute("aria-label", describeEvidence(evidence));
+  find(".mirrored").hidden = crop.left >= 0 && crop.top >= 0;
   map.addEventListener("change", draw);
   draw();
 }
