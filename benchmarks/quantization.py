@@ -1,7 +1,7 @@
 """INT8 of four kinds of network within the accuracy budget: `python -m benchmarks.quantization --data data/demo`.
 
-A linear classifier is trained on each frozen encoder, exported at every precision and built into TensorRT-RTX engines.
-Only EfficientNet-lite0 has trained weights in a package; the others are random, so what is shown is that their graphs
+A detector is trained on few pictures with each, exported to INT8 and built into a TensorRT-RTX engine. Only
+EfficientNet-lite0 begins with trained weights; the others begin at random, so what is shown is that their graphs
 export, quantise and build, and what that costs such a detector, not how well it detects. The figures go to
 `benchmarks/results/quantization.json`; the table in docs/export.md is made from that file.
 """
@@ -41,10 +41,15 @@ ENCODERS = {
     "vit_tiny_patch16_224": "none",
     "legacy_xception": "none",
 }
-# The whole network learns, so that its logits are further from each other than INT8's rounding moves them.
-RECIPE = (
+# A convolutional network learns as a whole, so that its logits are further from each other than INT8 moves them.
+WHOLE_NETWORK = (
     *("--method", "bce", "--crop", "96", "--stage2.epochs", "8", "--stage2.batch-size", "16"),
     *("--stage2.optimizer", "adamw", "--stage2.lr", "0.0005"),
+)
+# A transformer learns nothing from so few pictures; a linear classifier reads its random features.
+LINEAR = (
+    *("--method", "probe", "--standardize", "--cache-features", "--cached-views", "1", "--stage2.scl-crop", "224"),
+    *("--stage2.optimizer", "adamw", "--stage2.lr", "0.001", "--stage2.epochs", "40", "--stage2.weight-decay", "0.01"),
 )
 # Rates that so few pictures resolve.
 RATES = ("--real-flagged-rate", "0.05", "--fake-missed-rate", "0.05")
@@ -65,14 +70,14 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Options:
-    """Export and quantise a linear classifier on each of four encoders."""
+    """Train, export and quantise a detector on each of four encoders."""
 
     data: Path
     """Pictures with a train and a val split."""
     out: Path = Path("build/quantization")
     """Folder of the runs and bundles."""
     encoders: tuple[str, ...] = tuple(ENCODERS)
-    """Which of the four."""
+    """Which of the four; figures of the others that were measured here earlier in the same way stay."""
     train: int = 96
     """Training pictures, evenly spaced over each class."""
     val: int = 60
@@ -84,13 +89,11 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit status 0, or 2 with a sentence."""
     options = tyro.cli(Options, prog="python -m benchmarks.quantization", args=arguments)
-    rows: list[dict[str, Any]] = []
     try:
         listed = write_list(options)
         for name in options.encoders:
-            rows.append(measured(name, listed, options))
             # After each: the next may take long, or fail.
-            save_results(options, rows)
+            save_results(options, measured(name, listed, options))
             write_table()
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -99,10 +102,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def save_results(options: Options, rows: Sequence[dict[str, Any]]) -> None:
-    """The results file, with what was measured so far."""
-    facts = {"pictures": options.val, "budget": asdict(options.budget), "environment": environment()}
-    save_json(RESULTS, {"encoders": list(rows), **facts})
+def save_results(options: Options, row: dict[str, Any]) -> None:
+    """Put the figures of an encoder into the results file, beside those of others that were measured likewise."""
+    here = environment()
+    facts = {"pictures": options.val, "budget": asdict(options.budget)}
+    earlier = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    same = all(earlier.get(name) == value for name, value in facts.items()) and all(
+        earlier.get("environment", {}).get(name) == here[name] for name in ("machine", "versions")
+    )
+    rows = {entry["encoder"]: entry for entry in earlier["encoders"]} if same else {}
+    rows[row["encoder"]] = row
+    known = [name for name in ENCODERS if name in rows]
+    save_json(RESULTS, {"encoders": [rows[name] for name in known], **facts, "environment": here})
 
 
 def write_list(options: Options) -> Path:
@@ -131,9 +142,8 @@ def measured(encoder: str, listed: Path, options: Options) -> dict[str, Any]:
     """
     folder = options.out / encoder
     weights = ENCODERS.get(encoder, "none")
-    recipe = ("--preset", "demo", *RECIPE, "--encoder", encoder, "--encoder-weights", weights)
-    if encoder.startswith("vit"):
-        recipe += ("--crop", "224", "--stage2.scl-crop", "224")  # a ViT takes no smaller pictures
+    learning = LINEAR if encoder.startswith("vit") else WHOLE_NETWORK
+    recipe = ("--preset", "demo", *learning, "--encoder", encoder, "--encoder-weights", weights)
     status = run.main([*recipe, "--data", str(listed), "--out", str(folder), "--overwrite", *RATES])
     if status != 0:
         raise NTFError(encoder, got=f"status {status} of training", wanted="0", remedy="see the message above")

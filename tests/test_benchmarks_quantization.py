@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 
 from training import write_pictures
 
-from benchmarks.quantization import Options, table, write_list
+from benchmarks import quantization
+from benchmarks.quantization import Options, save_results, table, write_list
+from export.budget import Budget
 
 
 def entry(encoder, weights):
@@ -44,3 +47,17 @@ def test_the_list_has_half_of_each_class_and_no_picture_twice(tmp_path):
     assert len({row["path"] for row in rows}) == len(rows)
     assert [row["split"] for row in rows].count("train") == 4
     assert [row["label"] for row in rows if row["split"] == "val"] == ["0"] * 6 + ["1"] * 6
+
+
+def test_figures_of_other_encoders_stay_where_they_were_measured_likewise(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization, "RESULTS", tmp_path / "quantization.json")
+    options = Options(data=tmp_path)
+    for name in ("legacy_xception", "resnet50", "resnet50"):
+        save_results(options, entry(name, "none"))
+    assert encoders_in(tmp_path) == ["resnet50", "legacy_xception"]
+    save_results(Options(data=tmp_path, budget=Budget(1, 1, 1, 1)), entry("vit_tiny_patch16_224", "none"))
+    assert encoders_in(tmp_path) == ["vit_tiny_patch16_224"]
+
+
+def encoders_in(folder):
+    return [row["encoder"] for row in json.loads((folder / "quantization.json").read_text())["encoders"]]
