@@ -49,7 +49,7 @@ WHOLE_NETWORK = (
 # A transformer learns nothing from so few pictures; a linear classifier reads its random features.
 LINEAR = (
     *("--method", "probe", "--standardize", "--cache-features", "--cached-views", "1", "--stage2.scl-crop", "224"),
-    *("--stage2.optimizer", "adamw", "--stage2.lr", "0.001", "--stage2.epochs", "40", "--stage2.weight-decay", "0.01"),
+    *("--stage2.optimizer", "adamw", "--stage2.lr", "0.001", "--stage2.epochs", "5", "--stage2.weight-decay", "0.1"),
 )
 # Rates that so few pictures resolve.
 RATES = ("--real-flagged-rate", "0.05", "--fake-missed-rate", "0.05")
