@@ -41,12 +41,13 @@ ENCODERS = {
     "vit_tiny_patch16_224": "none",
     "legacy_xception": "none",
 }
-# A convolutional network learns as a whole, so that its logits are further from each other than INT8 moves them.
+# The whole network learns, so that its logits are further from each other than INT8 moves them.
 WHOLE_NETWORK = (
     *("--method", "bce", "--crop", "96", "--stage2.epochs", "8", "--stage2.batch-size", "16"),
     *("--stage2.optimizer", "adamw", "--stage2.lr", "0.0005"),
 )
-# A transformer learns nothing from so few pictures; a linear classifier reads its random features.
+# These learn nothing from so few pictures; a linear classifier reads their random features.
+RANDOM_FEATURES = ("vit_tiny_patch16_224", "legacy_xception")
 LINEAR = (
     *("--method", "probe", "--standardize", "--cache-features", "--cached-views", "1", "--stage2.scl-crop", "224"),
     *("--stage2.optimizer", "adamw", "--stage2.lr", "0.001", "--stage2.epochs", "5", "--stage2.weight-decay", "0.1"),
@@ -142,7 +143,7 @@ def measured(encoder: str, listed: Path, options: Options) -> dict[str, Any]:
     """
     folder = options.out / encoder
     weights = ENCODERS.get(encoder, "none")
-    learning = LINEAR if encoder.startswith("vit") else WHOLE_NETWORK
+    learning = LINEAR if encoder in RANDOM_FEATURES else WHOLE_NETWORK
     recipe = ("--preset", "demo", *learning, "--encoder", encoder, "--encoder-weights", weights)
     status = run.main([*recipe, "--data", str(listed), "--out", str(folder), "--overwrite", *RATES])
     if status != 0:

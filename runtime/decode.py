@@ -173,7 +173,9 @@ def _from_dlpack(source: Any, name: str) -> NDArray[Any]:
         if device not in _CPU_MEMORY:
             raise _refusal(name, f"an array on DLPack device {device}", "one in the CPU's memory", remedy)
         return np.from_dlpack(source)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+    except PictureError:
+        raise
+    except Exception as error:  # whatever the other library raises belongs to this picture alone
         raise _refusal(name, f"an array that is not given out ({error})", "one that NumPy can read", remedy) from error
 
 

@@ -65,8 +65,8 @@ class DetectorService:
     Pictures are decoded in threads, collected into batches and scored as soon as the engine is free.
 
     Note:
-        Every method may be called from every thread at once. `close` and `swap` wait for work to end, so they are not
-        for the callback of a future.
+        Every method may be called from every thread at once. `predict`, `stream`, `close` and `swap` wait for
+        pictures, so they are not for the callback of a future.
     """
 
     def __init__(
@@ -266,10 +266,11 @@ class DetectorService:
         """The same as `predict`, but each Detection is handed out when it is there, and sources are taken as needed.
 
         Raises:
-            UsageError: a single picture instead of a list, or unknown views.
+            UsageError: a single picture instead of a list, unknown views, or a call from the callback of a future.
             ClosedError: the service is closed.
             BackendError: the back-end failed.
         """
+        self._lane.require_other_thread("stream")
         require_many(sources)
         return self._stream(sources, looks_of(views, stability))
 

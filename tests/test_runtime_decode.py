@@ -103,6 +103,15 @@ class Foreign:
         return self.device, 0
 
 
+def test_array_whose_library_fails_in_its_own_way_is_refused_as_a_picture():
+    class Broken(Foreign):
+        def __dlpack_device__(self):
+            raise AttributeError("no such thing")
+
+    with pytest.raises(PictureError, match=r"not given out \(no such thing\)"):
+        decode_picture(Broken(np.zeros((5, 7, 3), np.uint8)))
+
+
 def test_array_of_another_library_is_read_without_a_copy():
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     decoded = decode_picture(Foreign(rgb))

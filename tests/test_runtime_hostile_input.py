@@ -218,9 +218,21 @@ def test_golden_inputs_that_are_made_to_do_harm_are_refused(tmp_path, monkeypatc
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_golden_inputs_are_stored_or_deflated(tmp_path, method):
+    bundle = golden_bundle(tmp_path / "m", {"images.npy": bytes(1000)}, method=method)
+    with pytest.raises(BundleError, match="neither stored nor deflated"):
+        check_golden(bundle, None, "fp32")
+
+
 def outside(model, place):
     """Moves the data of a tensor into another file, as far as the graph says."""
-    for tensor in {"initializer": model.graph.initializer, "attribute": [_constant(model)]}[place]:
+    places = {
+        "initializer": lambda: model.graph.initializer,
+        "attribute": lambda: [_constant(model)],
+        "default of a function": lambda: [_default_of_a_function(model)],
+    }
+    for tensor in places[place]():
         if tensor.raw_data:
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL
@@ -238,7 +250,14 @@ def _constant(model):
     return model.graph.node[-1].attribute[0].g.node[0].attribute[0].t
 
 
-@pytest.mark.parametrize("place", ["initializer", "attribute"])
+def _default_of_a_function(model):
+    function = model.functions.add(name="f", domain="ours")
+    value = helper.make_attribute("value", onnx.numpy_helper.from_array(np.ones(3, np.float32)))
+    function.attribute_proto.append(value)
+    return function.attribute_proto[0].t
+
+
+@pytest.mark.parametrize("place", ["initializer", "attribute", "default of a function"])
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_graph_that_asks_for_another_file_is_refused_before_a_back_end_sees_it(tmp_path, monkeypatch, place, backend):
     monkeypatch.chdir(tmp_path)

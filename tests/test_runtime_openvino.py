@@ -129,3 +129,16 @@ def test_an_inference_that_fails_gives_every_request_back(parted):
     assert backend._idle.qsize() == 3
     images = random_images(6, seed=1)
     check(backend.infer(images), images)
+
+
+@pytest.mark.parametrize("hint", ["latency", "throughput"])
+def test_a_batch_after_one_that_failed_is_scored(manifest, hint, monkeypatch):
+    backend = open_backend("openvino", tiny_graph(), manifest, file="model.onnx", threads=2, hint=hint)
+    images = random_images(4)
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.backends.openvino._outputs", lambda request: 1 / 0)
+        with pytest.raises(BackendError, match="division by zero"):
+            backend.infer(images)
+    for _ in range(3):
+        check(backend.infer(images), images)
+    backend.close()

@@ -57,11 +57,12 @@ def run_killer(*arguments):
 
 def test_a_scoring_killed_at_any_line_ends_with_each_row_once_and_scores_no_part_twice(tmp_path):
     outcomes = run_killer("lines", tmp_path / "r.csv")
-    expected = "".join(f"{n}.png,real,0.5,0.25,\n" for n in range(3))
+    header = ",".join(f'"{column}"' for column in COLUMNS)
+    expected = "".join(f'"{n}.png","real",0.5,0.25,""\n' for n in range(3))
     assert len(outcomes) > 150
     assert [killed for killed, *_ in outcomes].count(False) == 1
     for _, results, beside, scored in outcomes:
-        assert results == f"{','.join(COLUMNS)}\n{expected}"
+        assert results == f"{header}\n{expected}"
         assert set(beside) <= {"r.csv", "scored", "r.csv.parts"}
         # A part may be missing in the log, which is written after it is kept; it must not be there twice.
         assert scored in (["0", "1"], ["0"], ["1"])
@@ -194,6 +195,13 @@ def test_a_full_disk_is_refused_in_words_and_the_part_is_not_there(tmp_path, mon
 
 
 # The results file
+
+
+def test_csv_keeps_a_name_with_line_ends_in_one_row(tmp_path):
+    rows = [Row("a\rb\nc.png", None, None, None, "x\r\ny")]
+    write_results(tmp_path / "csv", rows, suffix=".csv")
+    with (tmp_path / "csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file))[1:] == [["a\rb\nc.png", "", "", "", "x\r\ny"]]
 
 
 def test_csv_and_json_lines_hold_the_rows(tmp_path):

@@ -157,6 +157,7 @@ def test_files_that_are_no_pictures_do_not_make_pictures_look_fast(server):
         (b'{"input": ["data:image/png;base64,%"]}', "bad_base64", "input.0"),
         (b'{"input": ["data:image/png;base64,AA"]}', "bad_base64", "input.0"),
         (b'{"input": ["x"], "threshold": 1}', "invalid_request", "threshold"),
+        (b'{"input": [' + b"1," * 9_000 + b"1]}", "invalid_request", "input.0"),
         (b'{"input": ["x"], "evidence": "perhaps"}', "invalid_request", "evidence"),
         (b"\xff\xfe", "invalid_request", "Invalid JSON"),
     ],
@@ -201,6 +202,13 @@ def test_form_that_makes_no_sense_gives_422(server, parts, message):
     answer = server.upload(*parts)
     assert (answer.status, answer.code) == (422, "invalid_form")
     assert message in answer.json()["error"]["message"]
+
+
+def test_form_in_an_unknown_charset_gives_422(server):
+    kind = "multipart/form-data; boundary=b; charset=undefined"
+    body = b'--b\r\nContent-Disposition: form-data; name="evidence"\r\n\r\ntrue\r\n--b--\r\n'
+    answer = server.request("POST", "/v1/infer", body, {"Content-Type": kind})
+    assert (answer.status, answer.code) == (422, "invalid_form")
 
 
 def test_form_that_is_cut_off_gives_422(server):

@@ -42,7 +42,7 @@ def server(bundle):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright.expect.set_options(timeout=15_000)
+    playwright.expect.set_options(timeout=60_000)
     with playwright.sync_playwright() as engine:
         opened = engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield opened
@@ -57,7 +57,7 @@ def open_page(browser):
     def opened(server, **options):
         contexts.append(browser.new_context(**{"viewport": {"width": 1000, "height": 800}, **options}))
         page = contexts[-1].new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda line: problems.append(line.text) if "Content Security" in line.text else None)
         page.on("request", lambda request: problems.append(request.url) if _foreign(request.url, server) else None)

@@ -197,3 +197,29 @@ def test_model_or_version_that_there_is_not_gives_404(server, path):
     answer = server.get(path)
     assert answer.status == 404
     assert isinstance(answer.json()["error"], str)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"outputs": [{"name": "logits"}, {"name": "logits"}]}, "one output twice"),
+        ({"outputs": [{"name": "logits"}] * 17}, "outputs"),
+        ({"parameters": {f"p{index}": 1 for index in range(17)}}, "parameters"),
+        ({"parameters": {"p": [{}]}}, "parameters"),
+        ({f"key{index}": 1 for index in range(100)}, "keys, at most 64"),
+    ],
+)
+def test_request_that_would_cost_more_than_it_says_gives_422(server, change, message):
+    pixels = {"name": "images", "shape": [1, 8, 8, 3], "datatype": "UINT8", "data": [0] * 192}
+    answer = _post(server, "tiny", {"inputs": [pixels]} | change)
+    assert answer.status == 422
+    assert message in answer.json()["error"]
+
+
+def test_elements_beyond_the_shape_are_not_taken_apart(server):
+    head = json.dumps({"inputs": [{"name": "pictures", "shape": [1], "datatype": "BYTES",
+                                   "parameters": {"binary_data_size": 4000}}]}).encode()  # fmt: skip
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    answer = server.request("POST", "/v2/models/tiny_pictures/infer", head + bytes(4000), headers)
+    assert answer.status == 422
+    assert "more than 1 elements" in answer.json()["error"]

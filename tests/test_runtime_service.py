@@ -549,14 +549,19 @@ def test_swap_of_a_closed_service_is_refused_and_leaves_nothing_open(gated, back
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ntf-infer")]
 
 
-@pytest.mark.parametrize("action", ["close", "swap"])
+@pytest.mark.parametrize("action", ["close", "swap", "stream"])
 def test_callback_that_would_wait_for_itself_is_refused(gated, second_bundle, action):
     service, backend = gated
     refused = concurrent.futures.Future()
+    actions = {
+        "close": service.close,
+        "swap": lambda: service.swap(second_bundle),
+        "stream": lambda: service.predict([random_images(1)[0]]),
+    }
 
     def act(_):
         try:
-            service.close() if action == "close" else service.swap(second_bundle)
+            actions[action]()
         except UsageError as error:
             refused.set_result(str(error))
 

@@ -337,6 +337,25 @@ def test_a_refusal_of_tensorrt_is_told_in_its_words_and_the_next_call_succeeds(h
     host.check_closed()
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("free", "device"),
+        ("free_pinned", "pinned"),
+        ("close_event", "events"),
+        ("close_stream", "streams"),
+        ("close_graph", "graphs"),
+    ],
+)
+def test_a_close_that_fails_half_way_gives_back_the_rest(host, name, kind):
+    backend = host.open(cuda_graphs=True)
+    host.check(backend.infer(random_images(2)), random_images(2))
+    host.cuda.fail[name] = 1
+    # The host complains of the one thing that it could not take back, and of nothing else.
+    with pytest.raises(AssertionError, match=f"closed with {kind} open$"):
+        backend.close()
+
+
 @pytest.mark.parametrize("name", ["upload", "record", "stream_waits", "compute", "download", "wait"])
 def test_a_call_of_cuda_that_fails_fails_its_batch_alone(host, name):
     backend = host.open()

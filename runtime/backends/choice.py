@@ -55,7 +55,7 @@ def choose(manifest: ModelManifest, *, backend: str, precision: str) -> Choice:
         probe = probe_backend(backend)
         if not probe.runs:
             _refuse_backend(backend, probe.reason, probe.install)
-        return _with_artifact(manifest, backend, precision, f"back-end {backend} as asked")
+        return _with_artifact(manifest, backend, precision, f"back-end {backend} as asked", any_batch=True)
     tuned, note = _tuned(manifest, precision)
     return tuned or _first_that_runs(manifest, precision, note)
 
@@ -131,7 +131,8 @@ def _first_that_runs(manifest: ModelManifest, precision: str, note: str) -> Choi
         probe = probe_backend(name)
         if probe.runs:
             aside = f" ({'; '.join(passed_over)})" if passed_over else ""
-            return _with_artifact(manifest, name, precision, f"back-end {name} is the first that runs here{aside}")
+            why = f"back-end {name} is the first that runs here{aside}"
+            return _with_artifact(manifest, name, precision, why, any_batch=False)
         passed_over.append(f"{name}: {probe.reason}")
     raise BackendError(
         "backend auto",
@@ -149,30 +150,35 @@ def _why_no_engine(manifest: ModelManifest, precision: str) -> str | None:
     fitting, why_not = _fitting_engines(manifest)
     if not (usable := [engine for engine in engines if engine in fitting]):
         return why_not
-    reasons = [_why_not_safe(manifest, engine, "trt") for engine in usable]
     # A named precision is taken whatever its parity, as with every back-end.
-    if None in reasons or precision != "auto":
+    why = _why_not_usual if precision != "auto" else lambda engine: _why_not_safe(manifest, engine, "trt")
+    reasons = [why(engine) for engine in usable]
+    if None in reasons:
         return None
     return "; ".join(f"{engine.file} {reason}" for engine, reason in zip(usable, reasons, strict=True))
 
 
-def _with_artifact(manifest: ModelManifest, backend: str, precision: str, why_backend: str) -> Choice:
+def _with_artifact(
+    manifest: ModelManifest, backend: str, precision: str, why_backend: str, *, any_batch: bool
+) -> Choice:
+    """What a back-end runs; `any_batch` as in `_why_not_safe`."""
     if precision != "auto":
-        artifact, why = _artifact(manifest, backend, precision), f"precision {precision} as asked"
+        artifact = _artifact(manifest, backend, precision, any_batch=any_batch)
+        why = f"precision {precision} as asked"
     else:
-        artifact, why = _first_safe(manifest, backend)
+        artifact, why = _first_safe(manifest, backend, any_batch=any_batch)
     if artifact is None:
         _refuse_precision(manifest, precision, backend)
     return Choice(backend, artifact, f"{why_backend}; {why}")
 
 
-def _first_safe(manifest: ModelManifest, backend: str) -> tuple[ArtifactSpec | None, str]:
+def _first_safe(manifest: ModelManifest, backend: str, *, any_batch: bool) -> tuple[ArtifactSpec | None, str]:
     passed_over: list[str] = []
     for precision in PREFERRED_PRECISIONS[backend]:
-        artifact = _artifact(manifest, backend, precision)
+        artifact = _artifact(manifest, backend, precision, any_batch=any_batch)
         if artifact is None:
             continue
-        why_not = _why_not_safe(manifest, artifact, backend, any_batch=True)
+        why_not = _why_not_safe(manifest, artifact, backend, any_batch=any_batch)
         if why_not is None:
             note = f" ({'; '.join(passed_over)})" if passed_over else ""
             return artifact, f"precision {precision} is the first choice for it{note}"
@@ -180,11 +186,20 @@ def _first_safe(manifest: ModelManifest, backend: str) -> tuple[ArtifactSpec | N
     return None, ""
 
 
-def _artifact(manifest: ModelManifest, backend: str, precision: str) -> ArtifactSpec | None:
-    """What a back-end runs of a precision on this machine."""
+def _artifact(manifest: ModelManifest, backend: str, precision: str, *, any_batch: bool = True) -> ArtifactSpec | None:
+    """What a back-end runs of a precision on this machine; an engine that takes the usual batches before others.
+
+    Args:
+        manifest: of the bundle.
+        backend: one of BACKENDS.
+        precision: one of PRECISIONS.
+        any_batch: whether an engine that does not take the usual batches will do.
+    """
     if backend != "trt":
         return manifest.onnx_artifact(precision)
-    return next((engine for engine in _fitting_engines(manifest)[0] if engine.precision == precision), None)
+    fitting = [engine for engine in _fitting_engines(manifest)[0] if engine.precision == precision]
+    usual = [engine for engine in fitting if _why_not_usual(engine) is None]
+    return next(iter([*usual, *fitting] if any_batch else usual), None)
 
 
 def _fitting_engines(manifest: ModelManifest) -> tuple[list[ArtifactSpec], str]:
@@ -205,13 +220,21 @@ def _why_not_safe(
         backend: that would run it.
         any_batch: whether the back-end was named, so that whoever did minds the batches.
     """
-    profile = artifact.profile
-    if profile is not None and not any_batch and not (profile.min_batch == 1 and profile.max_batch >= _USUAL_BATCH):
-        return f"takes batches of {profile.min_batch} to {profile.max_batch}, not 1 to {_USUAL_BATCH}"
+    why_not = None if any_batch else _why_not_usual(artifact)
+    if why_not is not None:
+        return why_not
     compared = compared_artifact(manifest, artifact)
     if artifact.precision != "fp32" and (compared is None or not parity_passed(compared, backend)):
         return "has no passed parity check"
     return None
+
+
+def _why_not_usual(artifact: ArtifactSpec) -> str | None:
+    """Why an artifact does not take every batch that is usual, or None."""
+    profile = artifact.profile
+    if profile is None or (profile.min_batch == 1 and profile.max_batch >= _USUAL_BATCH):
+        return None
+    return f"takes batches of {profile.min_batch} to {profile.max_batch}, not 1 to {_USUAL_BATCH}"
 
 
 def _refuse_backend(name: str, reason: str, install: str) -> NoReturn:

@@ -8,6 +8,7 @@ import queue
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -96,6 +97,8 @@ class OpenVinoBackend:
         finally:
             for request in running:  # an inference failed, and the others are of no use any more
                 request.cancel()
+                with suppress(Exception):  # it says that it was cancelled; unsaid, it would say so to the next batch
+                    request.wait()
                 self._idle.put(request)
         arrays = {name: np.concatenate([outputs[name] for outputs in done]) for name in OUTPUTS}
         return checked_outputs(arrays, len(images), self._manifest)

@@ -125,12 +125,14 @@ class TrtBackend:
                 self._free.get()
                 self._slots -= 1
             self._free.put(None)
-            if self._workers:
-                with self._cuda.on_device():
-                    while self._workers:
-                        self._workers.pop().close()
-            self._engine = self._runtime = None
-            self._resources.close()
+            try:
+                if self._workers:
+                    with self._cuda.on_device(), ExitStack() as rest:
+                        while self._workers:
+                            rest.callback(self._workers.pop().close)
+            finally:
+                self._engine = self._runtime = None
+                self._resources.close()
 
     def _open(self, trt: Any, log: Any, model: bytes, workers: int, cuda_graphs: bool) -> None:
         self._runtime = trt.Runtime(log)

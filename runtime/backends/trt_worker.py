@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -125,19 +125,21 @@ class Slot:
 
     def release(self) -> None:
         """Gives the memory back, and the graphs, which have its addresses in them."""
-        while self.graphs:
-            self._cuda.close_graph(self.graphs.popitem()[1].handle)
-        while self.device:
-            self._cuda.free(self.device.popitem()[1])
-        while self.pinned:
-            self._cuda.free_pinned(self.pinned.popitem()[1])
         self.capacity = 0
+        with ExitStack() as rest:  # each is called, whatever the others raise; the last one first
+            while self.pinned:
+                rest.callback(self._cuda.free_pinned, self.pinned.popitem()[1])
+            while self.device:
+                rest.callback(self._cuda.free, self.device.popitem()[1])
+            while self.graphs:
+                rest.callback(self._cuda.close_graph, self.graphs.popitem()[1].handle)
 
     def close(self) -> None:
         """Gives everything back."""
-        self.release()
-        while self._events:
-            self._cuda.close_event(self._events.pop())
+        with ExitStack() as rest:
+            while self._events:
+                rest.callback(self._cuda.close_event, self._events.pop())
+            rest.callback(self.release)
 
 
 class Worker:
@@ -211,14 +213,18 @@ class Worker:
 
     def close(self) -> None:
         """Gives everything back; no call may be under way."""
-        for slot in self.slots:
-            slot.close()
+        with ExitStack() as rest:
+            while self._streams:
+                rest.callback(self._cuda.close_stream, self._streams.pop())
+            if self._scratch:
+                rest.callback(self._cuda.free, self._scratch)
+                self._scratch = 0
+            rest.callback(self._forget_context)
+            for slot in self.slots:
+                rest.callback(slot.close)
+
+    def _forget_context(self) -> None:
         self._context = None
-        if self._scratch:
-            self._cuda.free(self._scratch)
-            self._scratch = 0
-        while self._streams:
-            self._cuda.close_stream(self._streams.pop())
 
     def _start(self, slot: Slot, pictures: int) -> None:
         up, compute, down = self._streams

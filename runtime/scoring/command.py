@@ -97,13 +97,14 @@ def _score_on_ray(options: argparse.Namespace, model: Path, work: Work, listing:
     from runtime.scoring.sources import base_folder
 
     manifest = open_bundle(model).manifest
-    threads = options.threads or 1
-    spread = RayOptions(options.ray_address, options.workers, options.gpus, threads)
+    spread = RayOptions(options.ray_address, options.workers, options.gpus, options.threads or 1)
     with ray_cluster(spread) as ray:
         backend, precision = resolve_on_worker(
             ray, manifest, spread, backend=options.backend, precision=options.precision
         )
         work.begin(_configuration(options, listing, manifest, backend, precision))
+        # Where no number was asked for, as many as Ray counts for a detector, if the back-end computes on the CPU.
+        threads = options.threads or (None if backend == "trt" else spread.threads)
         opened = DetectorOptions(backend, precision, base_folder(options.source), options.batch_size, threads)
         with _progress(work) as progress:
             score_on_ray(ray, work, model, spread, opened, advance=progress.advance)

@@ -60,7 +60,7 @@ class DetectorOptions:
     precision: str
     base: str
     batch_size: int
-    threads: int
+    threads: int | None
 
 
 @contextmanager
@@ -227,7 +227,9 @@ def _free_workers(ray: Any, options: RayOptions) -> int:
 
 
 def _error_text(error: NTFError) -> str:
-    return json.dumps([type(error).__name__, error.subject, error.got, error.wanted, error.remedy])
+    # Of a class that lives elsewhere, such as an error of CUDA, the one of `runtime.errors` that it derives from.
+    kind = next(kind for kind in type(error).__mro__ if hasattr(runtime.errors, kind.__name__))
+    return json.dumps([kind.__name__, error.subject, error.got, error.wanted, error.remedy])
 
 
 def _raise_error(text: str) -> None:

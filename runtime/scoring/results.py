@@ -63,7 +63,8 @@ def write_results(path: Path, rows: Iterable[Row], *, suffix: str) -> None:
 
 def _write_csv(path: Path, rows: Iterable[Row]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        # Quoted all: else a bare carriage return in a name, which is allowed there, would end a row.
+        writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writerow(COLUMNS)
         writer.writerows(rows)
 

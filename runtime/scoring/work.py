@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ JOURNAL_FILE, LISTING_FILE, MERGED_FILE = "journal.json", "listing.jsonl", "merg
 FOLDER_SUFFIX = ".parts"
 
 _UNFINISHED = ".new"
+_PART_NAME = re.compile(r"part-\d{8}\.jsonl(\.new)?")
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ class Work:
 
     def _remove_parts(self) -> None:
         for path in self.folder.iterdir():
-            if path.name.startswith("part-") or path.name == MERGED_FILE:
+            if _PART_NAME.fullmatch(path.name) or path.name == MERGED_FILE:
                 path.unlink()
 
     def _read_journal(self) -> Journal | None:

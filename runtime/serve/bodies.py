@@ -147,9 +147,9 @@ async def _from_form(request: Request, body: bytes, limits: ServeLimits) -> Pict
     parser = _InMemory(request.headers, _in_one_piece(body), max_fields=len(_OPTIONS))
     try:
         form = await parser.parse()
-    except MultiPartException as error:
+    except (MultiPartException, UnicodeError) as error:
         wanted = "files and the fields evidence and stability"
-        _refuse(422, "invalid_form", f"a form that is damaged ({error.message[:200]})", wanted, "send it again")
+        _refuse(422, "invalid_form", f"a form that is damaged ({str(error)[:200]})", wanted, "send it again")
     try:
         return await _pictures_of(form, limits)
     finally:

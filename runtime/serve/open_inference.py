@@ -13,20 +13,25 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NoReturn, TypeAlias
+from typing import Annotated, Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import FailFast, Field, field_validator
 
 from runtime.serve.bodies import validated
 from runtime.serve.request_errors import RequestError
+from runtime.serve.schemas import StrictModel
 
 HEADER_LENGTH = "inference-header-content-length"
 VERSION = "1"
+# Of inputs and of outputs in a request; no model here has as many.
+_MOST_TENSORS = 16
 # str.isdigit takes a superscript, and int refuses thousands of digits.
 _LENGTH = re.compile(r"[0-9]{1,15}")
 
+# The protocol knows no other values, and objects in them would take many times the memory of their text.
+Parameters: TypeAlias = dict[str, bool | int | float | str | None]
 # float32, or texts and files as bytes
 Values: TypeAlias = "NDArray[np.float32] | list[bytes]"
 
@@ -44,36 +49,37 @@ class TensorSpec:
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
 
-class InputTensor(BaseModel):
+class InputTensor(StrictModel):
     """One input of a request."""
 
-    model_config = ConfigDict(extra="forbid")
-
     name: str
-    shape: list[int]
+    shape: Annotated[list[int], FailFast()] = Field(max_length=8)
     datatype: str
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Annotated[Parameters, Field(max_length=16)] = Field(default_factory=dict)
     data: list[Any] | None = None
 
 
-class OutputWish(BaseModel):
+class OutputWish(StrictModel):
     """One output that a request asks for."""
 
-    model_config = ConfigDict(extra="forbid")
-
     name: str
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Annotated[Parameters, Field(max_length=16)] = Field(default_factory=dict)
 
 
-class TensorRequest(BaseModel):
+class TensorRequest(StrictModel):
     """The JSON of a request."""
 
-    model_config = ConfigDict(extra="forbid")
-
     id: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    inputs: list[InputTensor] = Field(min_length=1)
+    parameters: Annotated[Parameters, Field(max_length=16)] = Field(default_factory=dict)
+    inputs: Annotated[list[InputTensor], FailFast()] = Field(min_length=1, max_length=_MOST_TENSORS)
     outputs: list[OutputWish] | None = None
+
+    @field_validator("outputs", mode="before")
+    @classmethod
+    def _are_few(cls, wishes: object) -> object:
+        if isinstance(wishes, list) and len(wishes) > _MOST_TENSORS:
+            raise ValueError(f"{len(wishes)} outputs, at most {_MOST_TENSORS}")
+        return wishes
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,9 @@ class ParsedRequest:
         as_bytes = bool(self.request.parameters.get("binary_data_output", False))
         if self.request.outputs is None:
             return [(spec, as_bytes) for spec in outputs]
+        names = [wish.name for wish in self.request.outputs]
+        if len(set(names)) != len(names):
+            _refuse("a wish for one output twice", f"each of {', '.join(spec.name for spec in outputs)} at most once")
         return [self._wish(wish, outputs, as_bytes) for wish in self.request.outputs]
 
     def _wish(self, wish: OutputWish, outputs: Sequence[TensorSpec], as_bytes: bool) -> tuple[TensorSpec, bool]:
@@ -172,7 +181,7 @@ def elements_of(tensor: InputTensor, raw: Mapping[str, bytes]) -> list[bytes | s
     """
     elements: list[bytes | str]
     if tensor.name in raw:
-        elements = list(_split(raw[tensor.name], tensor.name))
+        elements = [*_split(raw[tensor.name], tensor.name, most=math.prod(tensor.shape))]
     else:
         elements = [text for text in tensor.data or [] if isinstance(text, str)]
         if len(elements) != len(tensor.data or []):
@@ -223,10 +232,13 @@ def _bytes_of_numbers(tensor: InputTensor) -> bytes:
         _refuse("something else than whole numbers from 0 to 255", "pixels", tensor.name)
 
 
-def _split(data: bytes, name: str) -> list[bytes]:
+def _split(data: bytes, name: str, *, most: int) -> list[bytes]:
     """Elements of a BYTES tensor: each has its length in front, four bytes, little endian."""
-    elements, place = [], 0
+    elements: list[bytes] = []
+    place = 0
     while place < len(data):
+        if len(elements) == most:
+            _refuse(f"more than {most} elements", "as many as the shape says", name)
         if place + 4 > len(data):
             _refuse("an element without its length", "four bytes of length before each element", name)
         (size,) = struct.unpack_from("<I", data, place)

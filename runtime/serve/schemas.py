@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+
+# Of an object in a request; more would cost a message about each.
+_MOST_KEYS = 64
 
 
-class InferRequest(BaseModel):
+class StrictModel(BaseModel):
+    """An object in a request: no other keys than these, and no work for one that has very many."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_keys(cls, values: object) -> object:
+        if isinstance(values, dict) and len(values) > _MOST_KEYS:
+            raise ValueError(f"{len(values)} keys, at most {_MOST_KEYS}")
+        return values
+
+
+class InferRequest(StrictModel):
     """Pictures to be looked at; the payload of NVIDIA's NIM for the same task, with two options of ours."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"input": ["data:image/png;base64,..."]}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["data:image/png;base64,..."]}]})
 
-    input: list[str] = Field(min_length=1, description="data URLs: `data:image/png;base64,...`")
+    input: Annotated[list[str], FailFast()] = Field(min_length=1, description="data URLs: `data:image/png;base64,...`")
     evidence: bool = Field(False, description="also give the calibrated logit of each cell of the crop")
     stability: bool = Field(False, description="also score re-encoded and rescaled copies of each picture")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from runtime.errors import UsageError
@@ -36,8 +37,8 @@ class ServeLimits:
     def __post_init__(self) -> None:
         for name in ("max_request_bytes", "max_pixels", "max_pictures", "max_requests", "timeout_s", "max_latency_ms"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(name, got=str(value), wanted="more than 0", remedy="leave it out for the default")
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(name, got=str(value), wanted="a number above 0", remedy="leave it out for the default")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.batching import BatchObserver
-from runtime.errors import NTFError
+from runtime.errors import BackendError, NTFError
 from runtime.serve.admission import LatencyAdmission
 from runtime.serve.metrics import ServerMetrics
 from runtime.serve.request_errors import TOO_BUSY_REMEDY, RequestError, not_ready
@@ -125,7 +125,14 @@ class ServerState:
         stream = io.BytesIO()
         Image.fromarray(noise).save(stream, "JPEG")
         for _ in range(_WARM_UP_PICTURES):
-            service.submit(stream.getvalue()).result()
+            detection = service.submit(stream.getvalue()).result()
+            if detection.error is not None:
+                raise BackendError(
+                    service.info.artifact,
+                    got=detection.error,
+                    wanted="a verdict on a picture of noise",
+                    remedy="choose another precision or back-end, or export the model again",
+                )
         # Only now: the first ones would make a picture alone look slower than it is.
         for _ in range(_WARM_UP_PICTURES):
             with self.admission.admitted(1):
