@@ -55,7 +55,6 @@ LINEAR = (
 # Rates that so few pictures resolve.
 RATES = ("--real-flagged-rate", "0.05", "--fake-missed-rate", "0.05")
 PACKAGES = ("onnxruntime", "openvino", "tensorrt-rtx")
-_BUDGET_NAMES = {"ap": "AP", "accuracy": "accuracy", "flips": "verdict flips", "ece": "calibration error"}
 COLUMNS = (
     "encoder",
     "AP in PyTorch",
@@ -106,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def save_results(options: Options, row: dict[str, Any]) -> None:
     """Put the figures of an encoder into the results file, beside those of others that were measured likewise."""
     here = environment()
-    facts = {"pictures": options.val, "budget": asdict(options.budget)}
+    facts = {"pictures": options.val}
     earlier = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     same = all(earlier.get(name) == value for name, value in facts.items()) and all(
         earlier.get("environment", {}).get(name) == here[name] for name in ("machine", "versions")
@@ -156,6 +155,7 @@ def measured(encoder: str, listed: Path, options: Options) -> dict[str, Any]:
     return {
         "encoder": encoder,
         "weights": weights,
+        "budget": asdict(options.budget),
         "validation_ap": history[-1].get("val_ap"),
         "calibrators": search["calibrators"],
         "calibrator": search["calibrator"],
@@ -177,9 +177,8 @@ def table(results: dict[str, Any]) -> str:
     machine, versions = (results["environment"][name] for name in ("machine", "versions"))
     packages = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
     measured_on = f"{machine['cpu']}, {results['pictures']} validation pictures of the demo, {packages}"
-    budget = ", ".join(f"{_BUDGET_NAMES[name]} {points:g}" for name, points in results["budget"].items())
     about = (
-        f"{measured_on}. Losses and flips in points, where they are largest; the budget was {budget} points."
+        f"{measured_on}. Losses and flips in points, where they are largest; in brackets, what the budget allowed."
         " Made by `python -m benchmarks.quantization`."
     )
     return markdown_table(COLUMNS, [_row(entry) for entry in results["encoders"]]) + "\n\n" + about
@@ -196,8 +195,8 @@ def _row(entry: dict[str, Any]) -> list[str]:
         entry["calibrator"],
         str(step["returned"]),
         f"{100 * step['int8_share']:.0f} %",
-        f"{max(losses):+.2f}",
-        f"{max(cost['flips'] for cost in step['costs']):.2f}",
+        f"{max(losses):+.2f} ({entry['budget']['ap']:g})",
+        f"{max(cost['flips'] for cost in step['costs']):.2f} ({entry['budget']['flips']:g})",
         f"{size['fp32', 'onnx', 'fp32']:.1f} / {size['int8', 'onnx', 'fp32']:.1f}",
         "not built" if engine is None else str(sum(engine["layers"].values())),
     ]
