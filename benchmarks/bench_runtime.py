@@ -7,7 +7,6 @@ against the bare engine in turns within one process. The command fails where a l
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.pictures import jpeg_bytes, photograph
-from benchmarks.tables import with_tables
+from benchmarks.tables import publish
 from runtime import Detector, DetectorService
 from runtime.backends import open_backend
 from runtime.bundle import open_bundle
@@ -214,13 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = options.model or timed_bundle(Path(folder))
         settings = {"model": open_bundle(model).manifest.encoder, "rounds": options.rounds, "picture_px": SIDE_PX}
         results = {"environment": environment(), "settings": settings, "rows": measured(model, rounds=options.rounds)}
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print(markdown(results))
     document = options.document or (DOCUMENT if options.results == RESULTS else None)
-    if document is not None:
-        text = with_tables(document.read_text(encoding="utf-8"), markdown(results), begin=BEGIN, end=END)
-        document.write_text(text, encoding="utf-8")
+    publish(results, markdown(results), path=options.results, document=document, markers=(BEGIN, END))
     print(f"wrote {options.results}" + (f" and the table in {document}" if document else ""))
     broken = [found for found in results["rows"] if not found["kept"]]
     for found in broken:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import statistics
 import sys
@@ -33,7 +32,7 @@ from PIL import Image
 
 from benchmarks.model import quick_run
 from benchmarks.pictures import jpeg_bytes, photograph, write_pictures
-from benchmarks.tables import with_tables
+from benchmarks.tables import publish
 from benchmarks.torch_scoring import REFERENCE, torch_logits
 from export.trt import Options, export_run
 from runtime import Detector
@@ -321,13 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "jpeg_library": Path(find_turbojpeg().path or "").name.split(".")[0],
     }
     results = {"environment": environment(), "settings": settings, "rows": found, "checks": checks(found)}
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print(markdown(results))
     document = options.document or (DOCUMENT if options.results == RESULTS else None)
-    if document is not None:
-        text = with_tables(document.read_text(encoding="utf-8"), markdown(results), begin=BEGIN, end=END)
-        document.write_text(text, encoding="utf-8")
+    publish(results, markdown(results), path=options.results, document=document, markers=(BEGIN, END))
     return 0 if all(check["met"] for check in results["checks"]) else 1
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pictures import jpeg_bytes, photograph
-from benchmarks.tables import with_tables
+from benchmarks.tables import publish
 from runtime.bundle import open_bundle
 from train.provenance import environment
 
@@ -278,12 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "seconds_per_rate": options.seconds,
         },
     }
-    options.results.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    print(markdown(results))
     document = options.document or (DOCUMENT if options.results == RESULTS else None)
-    if document is not None:
-        text = with_tables(document.read_text(encoding="utf-8"), markdown(results), begin=BEGIN, end=END)
-        document.write_text(text, encoding="utf-8")
+    publish(results, markdown(results), path=options.results, document=document, markers=(BEGIN, END))
     return 0 if all(check["met"] for check in results["checks"]) else 1
 
 

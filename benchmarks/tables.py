@@ -88,6 +88,23 @@ def with_tables(document: str, tables: str, *, begin: str = BEGIN, end: str = EN
     return f"{head}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
 
 
+def publish(
+    results: dict[str, Any], tables: str, *, path: Path, document: Path | None, markers: tuple[str, str]
+) -> None:
+    """Write a results file, show its tables, and put them into a document where there is one.
+
+    Raises:
+        ValueError: the document lacks the markers.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(tables)
+    if document is not None:
+        begin, end = markers
+        text = with_tables(document.read_text(encoding="utf-8"), tables, begin=begin, end=end)
+        document.write_text(text, encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the results file and the README's tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.splitlines()[0])

@@ -492,7 +492,10 @@ def test_header_of_a_sound_picture_passes_and_its_pixels_are_not_looked_at():
     stream = io.BytesIO()
     Image.new("RGB", (40, 30)).save(stream, "PNG")
     check_header(stream.getvalue(), max_pixels=1200)
-    check_header(stream.getvalue()[:60], max_pixels=1200)  # the pixels are cut off
+    cut_off = stream.getvalue()[:60]
+    check_header(cut_off, max_pixels=1200)
+    with pytest.raises(PictureError, match="damaged"):
+        decode_picture(cut_off)
 
 
 def test_header_tells_an_unknown_format_and_too_many_pixels_apart():

@@ -80,12 +80,17 @@ def installed_version(*distributions: str) -> str | None:
     return None
 
 
+def _first_line(error: object) -> str:
+    """What a library said, without the trace that some put behind it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def refuse_to_open(name: str, error: object) -> NoReturn:
     """Raises the error for a graph that a back-end cannot open; the first line of its own message is kept."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     raise BackendError(
         f"back-end {name}",
-        got=f"a graph that it cannot open ({lines[0][:300] if lines else type(error).__name__})",
+        got=f"a graph that it cannot open ({_first_line(error)})",
         wanted="a graph that it runs completely",
         remedy="choose another backend or precision, or install the versions named by `ntf inspect`",
     )
@@ -93,10 +98,9 @@ def refuse_to_open(name: str, error: object) -> NoReturn:
 
 def refuse_to_run(name: str, error: Exception) -> NoReturn:
     """Raises the error for an inference that fails in a back-end; the first line of its own message is kept."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     raise BackendError(
         f"back-end {name}",
-        got=f"an inference that failed ({lines[0][:300] if lines else type(error).__name__})",
+        got=f"an inference that failed ({_first_line(error)})",
         wanted="one that succeeds",
         remedy="score fewer pictures at once, or choose another backend or precision",
     ) from error
