@@ -1,10 +1,10 @@
 """A server under load: `python -m benchmarks.serving --model models/demo` writes benchmarks/results/serving.json.
 
-Starts `ntf serve` as a process with its own settings and sends JPEG files at fixed average rates, whether or not
-answers come (an open loop, as the world is). First it looks for the sustainable rate, at which at most one request in
-a hundred is refused; then it sends four times that. What must hold: the server refuses with 429, nothing is lost or
-fails otherwise, and the 99th percentile of the time of accepted requests is at most twice that of an unloaded server
-plus the time that a batch waits for pictures.
+Starts `ntf serve` as a process with its own settings and sends JPEG files. First it looks for the sustainable rate:
+what the server answers when more and more clients ask one picture after the other (a closed loop). Then it sends four
+times that at random moments, whether or not answers come (an open loop, as the world is). What must hold: the server
+refuses with 429, nothing is lost or fails otherwise, and the 99th percentile of the time of accepted requests is at
+most twice that of an unloaded server plus the time that a batch waits for pictures.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import random
+import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -37,7 +36,7 @@ BEGIN, END = "<!-- serving: begin -->", "<!-- serving: end -->"
 SIDE_PX = 256
 MAX_WAIT_MS = 2.0
 OVERLOAD = 4
-REFUSED_AT_MOST = 0.01  # of the requests at a sustainable rate
+CLIENTS = (1, 2, 3, 4)  # of the closed loop
 MAX_OPEN = 1024  # requests of the client at once; beyond it the client itself would be what is measured
 _STARTUP_S = 60
 _BOUNDARY = b"picture"
@@ -49,6 +48,7 @@ class Reply:
 
     status: int
     seconds: float
+    retry_after_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,34 +97,32 @@ async def sent(port: int, request: bytes, timeout_s: float) -> Reply:
     """The reply to one request on a connection of its own."""
     began = time.perf_counter()
     try:
-        status = await asyncio.wait_for(_status_of(port, request), timeout_s)
+        status, retry_after_s = await asyncio.wait_for(_answer_to(port, request), timeout_s)
     except (OSError, ValueError, IndexError, asyncio.TimeoutError):
-        status = 0
-    return Reply(status, time.perf_counter() - began)
+        status, retry_after_s = 0, 0.0
+    return Reply(status, time.perf_counter() - began, retry_after_s)
 
 
-async def _status_of(port: int, request: bytes) -> int:
+async def _answer_to(port: int, request: bytes) -> tuple[int, float]:
+    """Status, and the seconds of Retry-After or 0."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(request)
         answer = await reader.read(-1)  # to the end of the connection: an answer that is cut off does not count
         head, _, body = answer.partition(b"\r\n\r\n")
         json.loads(body)
-        return int(head.split(b" ", 2)[1])
+        wait = re.search(rb"(?im)^retry-after: *(\d+)", head)
+        return int(head.split(b" ", 2)[1]), float(wait[1]) if wait else 0.0
     finally:
         writer.close()
 
 
 async def at_rate(port: int, requests: Sequence[bytes], rate_per_s: float, seconds: float, *, seed: int = 0) -> Phase:
-    """Replies to requests that arrive as independent ones do: exponential gaps with a mean of 1 / rate.
-
-    It goes on for those seconds, and until there are enough requests for a share of REFUSED_AT_MOST to show.
-    """
-    fewest = math.ceil(1 / REFUSED_AT_MOST)
+    """Replies to requests that arrive as independent ones do: exponential gaps with a mean of 1 / rate."""
     gaps = random.Random(seed)
     tasks: list[asyncio.Task[Reply]] = []
     began = due = time.perf_counter()
-    while due < began + seconds or len(tasks) < fewest:
+    while due < began + seconds:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         if sum(not task.done() for task in tasks[-2 * MAX_OPEN :]) >= MAX_OPEN:
             raise RuntimeError(f"more than {MAX_OPEN} requests are open: the client cannot hold {rate_per_s}/s")
@@ -141,19 +139,22 @@ async def one_by_one(port: int, requests: Sequence[bytes], count: int) -> Phase:
     return Phase(count / (time.perf_counter() - began), replies)
 
 
-async def sustainable(port: int, requests: Sequence[bytes], start_per_s: float, seconds: float) -> list[Phase]:
-    """Phases on the way to the highest rate at which few enough are refused, which is the last one of those."""
-    phases: list[Phase] = []
-    low, high, rate = 0.0, float("inf"), start_per_s
-    while high > 1.15 * low and len(phases) < 10:
-        phase = await at_rate(port, requests, rate, seconds, seed=len(phases))
-        phases.append(phase)
-        if phase.share(200) >= 1 - REFUSED_AT_MOST:
-            low = rate
-        else:
-            high = rate
-        rate = 1.5 * low if high == float("inf") else (low + high) / 2
-    return phases
+async def sustained(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> Phase:
+    """Replies to that many clients, each of which asks for the next picture when it has the answer to the one before,
+    and waits first where it is told to. The rate of the phase is that of the requests that were accepted.
+    """
+    began = time.perf_counter()
+
+    async def client(first: int) -> list[Reply]:
+        replies: list[Reply] = []
+        while time.perf_counter() < began + seconds:
+            replies.append(await sent(port, requests[(first + len(replies)) % len(requests)], timeout_s=60.0))
+            await asyncio.sleep(replies[-1].retry_after_s)
+        return replies
+
+    replies = [reply for each in await asyncio.gather(*map(client, range(clients))) for reply in each]
+    took = time.perf_counter() - began
+    return Phase(sum(reply.status == 200 for reply in replies) / took, replies)
 
 
 def checks(unloaded: Phase, overload: Phase) -> list[dict[str, Any]]:
@@ -199,7 +200,8 @@ def served(model: Path, options: Sequence[str] = ()) -> Iterator[int]:
 
 async def _until_ready(port: int) -> None:
     latest = time.monotonic() + _STARTUP_S
-    while await _status_of(port, b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") != 200:
+    request = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    while (await _answer_to(port, request))[0] != 200:
         if time.monotonic() > latest:
             raise RuntimeError("the server did not become ready")
         await asyncio.sleep(0.1)
@@ -210,19 +212,15 @@ async def measured(port: int, *, seconds: float, unloaded_requests: int) -> dict
     requests = [request_bytes(jpeg_bytes(photograph(SIDE_PX, SIDE_PX, seed=seed))) for seed in range(16)]
     await one_by_one(port, requests, 20)
     unloaded = await one_by_one(port, requests, unloaded_requests)
-    start = 0.5 / statistics.median(reply.seconds for reply in unloaded.replies)
-    phases = await sustainable(port, requests, start, seconds)
-    held = [phase for phase in phases if phase.share(200) >= 1 - REFUSED_AT_MOST]
-    if not held:
-        raise RuntimeError("no rate was held: is the machine busy with something else?")
-    best = max(held, key=lambda phase: phase.rate_per_s)
+    phases = [await sustained(port, requests, clients, seconds) for clients in CLIENTS]
+    best = max(phases, key=lambda phase: phase.rate_per_s)
     overload = await at_rate(port, requests, OVERLOAD * best.rate_per_s, 2 * seconds, seed=100)
     again = await one_by_one(port, requests, unloaded_requests)
     # The unloaded server before and after, so that a change of the machine in between does not pass for one of load.
     alone = Phase(unloaded.rate_per_s, unloaded.replies + again.replies)
     return {
         "unloaded": alone.to_json(),
-        "search": [phase.to_json() for phase in phases],
+        "clients": [{"clients": n, **phase.to_json()} for n, phase in zip(CLIENTS, phases, strict=True)],
         "sustainable": best.to_json(),
         "overload": overload.to_json(),
         "checks": checks(alone, overload),

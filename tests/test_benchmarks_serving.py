@@ -11,8 +11,19 @@ from bundle_fixtures import random_images
 from serve_fixtures import hosted
 
 from benchmarks.pictures import jpeg_bytes
-from benchmarks.serving import BEGIN, END, OVERLOAD, Phase, Reply, at_rate, checks, main, one_by_one, request_bytes
-from benchmarks.serving import sustainable as search_sustainable
+from benchmarks.serving import (
+    BEGIN,
+    END,
+    OVERLOAD,
+    Phase,
+    Reply,
+    at_rate,
+    checks,
+    main,
+    one_by_one,
+    request_bytes,
+    sustained,
+)
 
 SECONDS_PER_PICTURE = 0.05
 
@@ -88,14 +99,25 @@ def test_connection_that_breaks_counts_as_lost(requests):
     assert [reply.status for reply in asyncio.run(lost()).replies] == [0, 0]
 
 
-def test_search_ends_at_the_highest_rate_that_was_held(monkeypatch):
-    async def held_up_to_50(port, requests, rate, seconds, *, seed=0):
-        return Phase(rate, [Reply(200 if rate <= 50 else 429, 0.01)])
+def test_sustained_rate_counts_what_was_accepted_and_each_client_waits_for_its_answer(monkeypatch):
+    open_now, most_open = 0, 0
 
-    monkeypatch.setattr("benchmarks.serving.at_rate", held_up_to_50)
-    phases = asyncio.run(search_sustainable(0, [], 10.0, 1.0))
-    held = max(phase.rate_per_s for phase in phases if phase.share(200) == 1)
-    assert 50 / 1.15 <= held <= 50
+    async def every_third_refused(port, request, timeout_s):
+        nonlocal open_now, most_open
+        open_now += 1
+        most_open = max(most_open, open_now)
+        await asyncio.sleep(0.01)
+        open_now -= 1
+        return Reply(429, 0.01, retry_after_s=0.02) if request == b"refused" else Reply(200, 0.01)
+
+    monkeypatch.setattr("benchmarks.serving.sent", every_third_refused)
+    began = time.perf_counter()
+    phase = asyncio.run(sustained(0, [b"taken", b"taken", b"refused"], 3, 0.3))
+    took = time.perf_counter() - began
+    assert most_open == 3
+    assert 3 * took >= 0.01 * len(phase.replies) + 0.02 * sum(reply.status == 429 for reply in phase.replies)
+    assert phase.share(429) == pytest.approx(1 / 3, abs=0.05)
+    assert 0.2 < len(phase.replies) * phase.share(200) / phase.rate_per_s < 1.0
 
 
 @pytest.mark.slow

@@ -61,14 +61,32 @@ class Line:
         self.leave(seconds / 2)
 
 
-def test_two_are_let_in_before_anything_was_measured_and_however_slow_it_is():
+def test_many_are_let_in_before_anything_was_measured_and_one_however_slow_it_is():
     line = Line(max_latency_s=0.001)
     line.pair(20.0)
     line.enter()
-    line.enter()
-    assert line.admission.inside == 2
-    with pytest.raises(RequestError, match="2 pictures before this one"):
+    assert line.admission.inside == 1
+    with pytest.raises(RequestError, match="1 pictures before this one"):
         line.enter()
+
+
+def test_one_more_is_tried_again_after_many_refusals_and_seldom():
+    line = Line(max_latency_s=1.0)
+    line.pair(1.2)  # a slow moment: two at once would take 1.2 s
+    line.enter()
+    refused = 0
+    while True:
+        try:
+            line.enter()
+        except RequestError:
+            refused += 1
+        else:
+            break
+    assert 5_000 < refused < 10_000
+    line.leave(0.2)
+    line.leave(0.2)
+    line.enter()
+    line.enter()  # it was fast, so two go on being let in
 
 
 def test_as_many_are_let_in_as_leave_within_the_bound():
