@@ -6,11 +6,9 @@ as its comment, so that a changed byte is found in headers as well, where no fil
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -20,6 +18,7 @@ from typing import BinaryIO, NoReturn
 
 from runtime.errors import BundleError
 from runtime.manifest import MANIFEST_FILE
+from runtime.replacing import replacing
 
 COPY_AGAIN = "copy the bundle again, or export the model again"
 
@@ -102,18 +101,8 @@ def write_zip(target: Path, files: Iterable[tuple[str, bytes]]) -> None:
     Note:
         Nothing is compressed: weights hardly shrink, and what zlib makes of them depends on its version.
     """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "w+b") as file:
-            _write_archive(file, files)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp's 0600 would lock other users out of a shared bundle
-        Path(temporary).replace(target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
+    with replacing(target) as file:
+        _write_archive(file, files)
 
 
 def _write_archive(file: BinaryIO, files: Iterable[tuple[str, bytes]]) -> None:

@@ -6,11 +6,8 @@ is not, byte for byte, what writing its content would give, so one changed chara
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from runtime.errors import BundleError
 from runtime.preprocess import PreprocessSpec
+from runtime.replacing import replacing
 from runtime.strict_json import ADDED_LATER, canonical_json, from_jsonable, parse_json, to_jsonable
 
 SCHEMA_VERSION = 1
@@ -343,18 +341,8 @@ def save_manifest(manifest: ModelManifest, folder: Path) -> None:
         BundleError: a field holds a value of another type than it declares.
     """
     data = manifest_to_json(manifest).encode()
-    descriptor, temporary = tempfile.mkstemp(prefix=".manifest-", dir=folder)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp's 0600 would lock other users out of a shared bundle
-        Path(temporary).replace(Path(folder) / MANIFEST_FILE)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
+    with replacing(Path(folder) / MANIFEST_FILE) as file:
+        file.write(data)
 
 
 def sha256_of(path: Path) -> str:

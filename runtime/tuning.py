@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from runtime.backends.base import installed_version
 from runtime.backends.cuda_driver import cuda_device
 from runtime.errors import BundleError, UsageError
 from runtime.manifest import ModelManifest, manifest_to_json
+from runtime.replacing import replacing
 from runtime.strict_json import canonical_json, from_jsonable, parse_json, to_jsonable
 from runtime.user_cache import made_cache, user_cache
 
@@ -132,11 +132,8 @@ def keep_tuning(manifest: ModelManifest, tuning: Tuning) -> Path:
     made_cache(_FOLDER)
     path, text = tuning_path(manifest), canonical_json(to_jsonable(tuning, subject="tuning"))
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".tuning-", delete=False
-        ) as file:
-            file.write(text)
-        Path(file.name).replace(path)
+        with replacing(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise UsageError(
             str(path), got=f"a file that cannot be written ({error.strerror})", wanted="a writable cache folder",

@@ -188,7 +188,7 @@ def test_number_that_is_not_finite_is_refused_when_writing(manifest, tmp_path):
 def test_failed_write_leaves_the_old_manifest_and_no_temporary_file(manifest, tmp_path, monkeypatch):
     save_manifest(manifest, tmp_path)
     before = (tmp_path / "manifest.json").read_bytes()
-    monkeypatch.setattr("runtime.manifest.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("runtime.replacing.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_manifest(replace(manifest, name="new"), tmp_path)
     assert (tmp_path / "manifest.json").read_bytes() == before
