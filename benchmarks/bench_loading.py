@@ -51,7 +51,7 @@ def write_folder(root: Path, pictures: int) -> Path:
     return root
 
 
-def bench_config(batch_size: int) -> RunConfig:
+def loading_config(batch_size: int) -> RunConfig:
     """The demo's encoder with random weights, which are as fast, trained as a whole as in the paper."""
     base = preset_config("demo")
     return replace(
@@ -161,7 +161,7 @@ def measured(folder: Path, *, pictures: int, batch_size: int, rounds: int) -> li
     root = write_folder(folder / "folder", pictures)
     write_shards(scan_pictures(root), folder / "shards")
     sets = {name: load_split(folder / name, "train") for name in SOURCES}
-    config = bench_config(batch_size)
+    config = loading_config(batch_size)
     stages = stages_of(config, sets["folder"])
     some = next(iter(stages.values()))
     for kind in (TRAINING, SCORING):

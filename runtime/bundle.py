@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import stat
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeAlias
@@ -24,6 +26,8 @@ FileSpec: TypeAlias = "ArtifactSpec | PicturesSpec"
 
 # A manifest is some tens of kilobytes; anything near this is not one.
 _MAX_MANIFEST_BYTES = 16 << 20
+# Each is in memory as a whole.
+_FILES_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def open_bundle(path: Path | str) -> Bundle:
             something in it that no bundle has.
 
     Note:
-        Reads every file once, one at a time. Files that the manifest does not list are ignored.
+        Reads every file once, two at a time. Files that the manifest does not list are ignored.
     """
     location = Path(path)
     if location.is_dir():
@@ -83,8 +87,9 @@ def open_bundle(path: Path | str) -> Bundle:
         bundle = Bundle(location, _manifest_of(data, location), inside)
     else:
         _refuse(location, "nothing there", "a bundle folder or .zip file", "check the path, or export a model")
-    for spec in bundle.manifest.files():
-        bundle.read(spec)
+    # Hashing leaves the interpreter to others, and is a quarter of the time to a first verdict.
+    with ThreadPoolExecutor(_FILES_AT_ONCE, "bundle") as executor:
+        deque(executor.map(bundle.read, bundle.manifest.files()), maxlen=0)
     return bundle
 
 
