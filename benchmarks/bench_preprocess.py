@@ -11,8 +11,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from benchmarks.pictures import jpeg_bytes, photograph
-from runtime.decode import decode_picture
-from runtime.preprocess import PreprocessSpec, prepare
+from runtime.changes import UNCHANGED, Looks, picture_crops
+from runtime.limits import MAX_PIXELS
+from runtime.preprocess import PreprocessSpec
 
 SPEC = PreprocessSpec()
 SIZES = {"256 px": (256, 256), "12 MP": (3000, 4000)}
@@ -26,7 +27,8 @@ def with_torchvision(data: bytes) -> torch.Tensor:
 
 def with_runtime(data: bytes) -> np.ndarray:
     """Centre crop (H, W, 3) uint8 as the runtime makes it."""
-    return prepare(decode_picture(data), SPEC)
+    (crop,) = picture_crops(data, SPEC, Looks("center", UNCHANGED), max_pixels=MAX_PIXELS)
+    return crop
 
 
 @pytest.fixture(params=SIZES)
