@@ -159,7 +159,9 @@ def test_token_that_is_named_twice_is_refused(tiny_bundle, tmp_path, monkeypatch
     assert "drop the other" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["fastapi", "uvicorn", "prometheus_client", "python_multipart", "fastapi_offline"])
+@pytest.mark.parametrize(
+    "name", ["fastapi", "uvicorn", "prometheus_client", "python_multipart", "fastapi_offline", "httptools"]
+)
 def test_missing_package_names_the_extra(tiny_bundle, monkeypatch, capsys, name):
     monkeypatch.setitem(sys.modules, name, None)
     assert main(["serve", "--model", str(tiny_bundle), "--port", "0"]) == 2

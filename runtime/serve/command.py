@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from runtime.service import DetectorService
 
 TOKEN_VARIABLE = "NTF_TOKEN"
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "fastapi_offline")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "fastapi_offline", "httptools")
 _DEFAULTS = ServeLimits()
 
 
