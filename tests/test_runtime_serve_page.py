@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from bundle_fixtures import CALIBRATION, numpy_outputs, random_images, write_bundle
+from bundle_fixtures import CALIBRATION, numpy_outputs, random_images
 from PIL import Image
 from serve_fixtures import hosted, png
 
@@ -25,19 +25,6 @@ FLAGS = [
 ]  # fmt: skip
 TOKEN = "a-token-of-the-tests"
 WORDS = {"real": "Looks natural", "uncertain": "Uncertain", "fake": "Looks generated"}
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page") / "tiny"
-    write_bundle(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(bundle):
-    with hosted(bundle) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
