@@ -12,7 +12,7 @@ import os
 from typing import TypeAlias
 
 # A read costs one, and one more for each 2 KiB that it gives, up to the 64 of a JPEG segment: Pillow joins those of one
-# kind by copying what it has, which takes a second for the 17 MiB that this allows. Few pictures have more than one MiB.
+# kind by copying what it has, which takes a second for the 17 MiB that this allows. Few pictures have one MiB of them.
 _HEADER_COST = 10_000
 _FULL_READ, _READ_UNIT = 1 << 16, 1 << 11
 # Decoders read blocks of 64 KiB; what is left of the chunks of a PNG file is still read by Python.

@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from bundle_fixtures import CALIBRATION, numpy_outputs, random_images
+from bundle_fixtures import CALIBRATION, numpy_outputs, random_images, write_bundle
 from PIL import Image
 from serve_fixtures import hosted, png
 
@@ -216,6 +216,49 @@ def test_busy_server_is_asked_again(open_page, server, files):
     _choose(page, files / "0.png")
     playwright.expect(page.get_by_text("The server is busy; trying again in 1 s")).to_be_visible()
     playwright.expect(page.locator(".verdict")).to_be_visible()
+
+
+def test_answer_that_is_not_understood_costs_one_picture_alone(open_page, server, files):
+    page = open_page(server)
+    answers = [{"data": []}]
+    page.route("**/v1/infer", lambda route: route.fulfill(json=answers.pop()) if answers else route.continue_())
+    _choose(page, files / "0.png", files / "1.png")
+    playwright.expect(_card(page, "0.png").get_by_role("status")).to_have_text(re.compile("is not understood"))
+    playwright.expect(_card(page, "1.png").locator(".verdict")).to_be_visible()
+    _choose(page, files / "0.png")
+    playwright.expect(_card(page, "0.png").first.locator(".verdict")).to_be_visible()
+
+
+# Notes every bitmap; one that is closed has no size any more.
+_NOTE_BITMAPS = """() => {
+    window.bitmaps = [];
+    const real = window.createImageBitmap;
+    window.createImageBitmap = async (...options) => {
+        const bitmap = await real(...options);
+        window.bitmaps.push(bitmap);
+        return bitmap;
+    };
+}"""
+
+
+def test_pictures_are_kept_as_thumbnails_alone_and_not_once_they_are_removed(open_page, server, tmp_path):
+    page = open_page(server)
+    page.evaluate(_NOTE_BITMAPS)
+    Image.new("RGB", (2400, 1200), (90, 120, 30)).save(tmp_path / "large.png")
+    _choose(page, tmp_path / "large.png")
+    playwright.expect(page.get_by_role("img", name="large.png, 2400 by 1200 pixels")).to_be_visible()
+    assert page.evaluate("bitmaps.map((b) => [b.width, b.height])") == [[0, 0], [960, 480], [16, 16]]
+    page.get_by_role("button", name="Remove all").click()
+    assert page.evaluate("bitmaps.map((b) => b.width)") == [0, 0, 0]
+
+
+def test_model_without_natural_traces_shows_no_similarity(open_page, tmp_path, files):
+    write_bundle(tmp_path / "tiny", mean_trace=(0.0,) * 128)
+    with hosted(tmp_path / "tiny") as server:
+        page = open_page(server)
+        _choose(page, files / "0.png")
+        playwright.expect(page.get_by_text("Fake probability", exact=True)).to_be_visible()
+        assert "similarity" not in page.get_by_role("listitem").inner_text()
 
 
 def test_server_that_is_gone_is_told_in_words(open_page, server, files):
