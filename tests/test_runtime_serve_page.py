@@ -14,6 +14,7 @@ from PIL import Image
 from serve_fixtures import hosted, png
 
 from runtime.changes import CHANGES
+from runtime.preprocess import pad_to
 from runtime.serve.settings import ServeSettings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
@@ -135,6 +136,18 @@ def test_centre_of_a_larger_picture_is_what_is_shown(open_page, server, files):
     without = _pixels(page, ".crop")
     side = without.shape[0] // 16
     np.testing.assert_array_equal(without[side // 2 :: side, side // 2 :: side], rgb[16:32, 32:48])
+
+
+def test_smaller_picture_is_shown_mirrored_outwards_as_the_model_sees_it(open_page, server, tmp_path):
+    rgb = random_images(1, seed=5)[0][:5, :11]
+    Image.fromarray(rgb).save(tmp_path / "small.png")
+    page = open_page(server)
+    _choose(page, tmp_path / "small.png")
+    playwright.expect(page.get_by_text("mirrored outwards to fill it")).to_be_visible()
+    page.get_by_label("show").uncheck()
+    without = _pixels(page, ".crop")
+    side = without.shape[0] // 16
+    np.testing.assert_array_equal(without[side // 2 :: side, side // 2 :: side], pad_to(rgb, 16, 16))
 
 
 def test_everything_can_be_done_from_the_keyboard(open_page, server, files):

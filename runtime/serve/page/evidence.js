@@ -31,7 +31,17 @@ function drawWhole(canvas, { whole, crop, scale }, evidence, colours) {
   if (evidence !== null) drawCells(pen, ...box, evidence, colours);
   pen.lineWidth = Math.max(2, canvas.width / 200);
   pen.strokeStyle = colours.frame;
-  pen.strokeRect(...box);
+  const [left, top] = [Math.max(0, box[0]), Math.max(0, box[1])];
+  pen.strokeRect(left, top, Math.min(whole.width - left, box[2]), Math.min(whole.height - top, box[3]));
+}
+
+/** Where a picture lies along one side of its crop, mirrored outwards as often as it takes, its border included. */
+function placesOf(offset, size, wanted) {
+  const places = [];
+  for (let turn = -Math.ceil(offset / size); offset + turn * size < wanted; turn++) {
+    places.push({ start: offset + turn * size, mirrored: turn % 2 !== 0 });
+  }
+  return places;
 }
 
 function drawCrop(canvas, { part, crop }, evidence, colours) {
@@ -40,7 +50,14 @@ function drawCrop(canvas, { part, crop }, evidence, colours) {
   canvas.height = crop.height * scale;
   const pen = canvas.getContext("2d");
   pen.imageSmoothingEnabled = false;
-  pen.drawImage(part, 0, 0, canvas.width, canvas.height);
+  for (const row of placesOf(Math.max(0, -crop.top), part.height, crop.height)) {
+    for (const column of placesOf(Math.max(0, -crop.left), part.width, crop.width)) {
+      const [left, top] = [column.start + column.mirrored * part.width, row.start + row.mirrored * part.height];
+      pen.setTransform(column.mirrored ? -scale : scale, 0, 0, row.mirrored ? -scale : scale, left * scale, top * scale);
+      pen.drawImage(part, 0, 0);
+    }
+  }
+  pen.resetTransform();
   if (evidence !== null) drawCells(pen, 0, 0, canvas.width, canvas.height, evidence, colours);
 }
 

@@ -3,6 +3,7 @@
 
 const ATTEMPTS = 8; // of a picture that the server has no room for
 const VERDICTS = { real: "Looks natural", uncertain: "Uncertain", fake: "Looks generated" };
+const CALLED = { real: "natural", uncertain: "uncertain", fake: "generated" };
 
 const element = (id) => document.getElementById(id);
 const waiting = [];
@@ -163,6 +164,8 @@ async function showResult(card, file, result) {
   find(".verdict").textContent = VERDICTS[result.verdict];
   find(".probability").textContent = percent(result.fake_probability);
   find(".fill").style.width = `${100 * result.fake_probability}%`;
+  find(".lower").style.left = `${100 * model.real_below}%`;
+  find(".upper").style.left = `${100 * model.fake_above}%`;
   if (result.trace_similarity === null) {
     for (const part of card.querySelectorAll(".traces")) part.hidden = true;
   } else {
@@ -182,7 +185,7 @@ function showStability(box, stability) {
   const line = document.createElement("p");
   const spread = `fake probabilities lie within ${(100 * stability.spread).toFixed(1)} points`;
   line.textContent = stability.flips
-    ? `Not stable: the picture as it is would be called ${stability.verdict}, a changed copy is not; ${spread}.`
+    ? `Not stable: the picture as it is would be called ${CALLED[stability.verdict]}, a changed copy is not; ${spread}.`
     : `Stable: re-encoded and rescaled copies get the same verdict; ${spread}.`;
   const table = document.createElement("table");
   for (const [name, probability] of Object.entries(stability.fake_probabilities)) {
@@ -192,6 +195,9 @@ function showStability(box, stability) {
     head.textContent = name;
     row.append(head);
     row.insertCell().textContent = percent(probability);
+    const bar = element("bar").content.firstElementChild.cloneNode(true);
+    bar.querySelector(".fill").style.width = `${100 * probability}%`;
+    row.insertCell().append(bar);
   }
   box.replaceChildren(line, table);
   box.hidden = false;
@@ -240,7 +246,8 @@ async function thumbnailsOf(file) {
       createImageBitmap(picture, {
         resizeWidth: size.width, resizeHeight: size.height, resizeQuality: size.scale < 1 ? "high" : "pixelated",
       }),
-      createImageBitmap(picture, crop.left, crop.top, crop.width, crop.height),
+      createImageBitmap(picture, Math.max(0, crop.left), Math.max(0, crop.top),
+        Math.min(width, crop.width), Math.min(height, crop.height)),
     ]);
     return { width, height, crop, scale: size.scale, whole, part };
   } catch {
