@@ -7,6 +7,7 @@ import io
 import json
 import socket
 import threading
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,8 +15,10 @@ import pytest
 from bundle_fixtures import CALIBRATION, numpy_outputs, random_images, write_bundle
 from PIL import Image
 from serve_fixtures import Client, GatedBackend, data_url, form, gate_into, hosted, png, wait_for
+from starlette.datastructures import Headers
 
 from runtime import Detector, decode
+from runtime.errors import DeadlineError
 from runtime.serve import bodies, open_inference_routes, scoring
 from runtime.serve.settings import ServeLimits, ServeSettings
 
@@ -213,6 +216,16 @@ def test_form_that_is_cut_off_gives_422(server):
     kind = {"Content-Type": 'multipart/form-data; boundary="a boundary"'}
     answer = server.request("POST", "/v1/infer", body, kind)
     assert answer.status == 422
+
+
+def test_form_that_looks_like_boundaries_all_over_is_read_and_takes_no_more_than_its_time():
+    headers = Headers({"content-type": "multipart/form-data; boundary=b"})
+    body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"\r\n--bx" * 30_000
+    body += b"\r\n--b--\r\n"
+    request = bodies.picture_request(headers, body, ServeLimits(), time.monotonic() + 60)
+    assert request.pictures[0].data == b"\r\n--bx" * 30_000
+    with pytest.raises(DeadlineError):
+        bodies.picture_request(headers, body, ServeLimits(), time.monotonic())
 
 
 def test_too_many_pictures_give_413(server):

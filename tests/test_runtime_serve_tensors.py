@@ -185,6 +185,12 @@ def test_bytes_tensor_whose_lengths_do_not_add_up_gives_422(server, data):
     assert answer.status == 422
 
 
+def test_name_with_half_a_surrogate_pair_is_told_without_it(server):
+    answer = _post(server, "tiny", {"inputs": [{**_HEAD, "name": "a\ud800", "data": _DATA}], "id": "\ud800"})
+    assert answer.status == 422
+    assert "got inputs a?, wanted images alone" in answer.json()["error"]
+
+
 def test_one_file_that_cannot_be_read_fails_the_request(server):
     urls = [data_url(png(random_images(1)[0])), data_url(b"no picture")]
     tensor = {"name": "pictures", "shape": [2], "datatype": "BYTES", "data": urls}

@@ -96,7 +96,7 @@ def _infer_router(state: ServerState) -> APIRouter:
         """Verdicts on pictures, sent as data URLs in JSON or as files in a form."""
         limits = state.settings.limits
         content = await read_body(request, limits, request.scope["deadline_s"])
-        take_apart = partial(picture_request, request.headers, content, limits)
+        take_apart = partial(picture_request, request.headers, content, limits, request.scope["deadline_s"])
         wanted = await state.workers.run(take_apart, timeout_s=remaining_s(request), size_bytes=len(content))
         data = await results(request, wanted, state)
         # Checked and written once; FastAPI would take the models apart and check them again.

@@ -22,12 +22,14 @@ from starlette.requests import ClientDisconnect, Request
 from runtime.serve.request_errors import RequestError
 from runtime.serve.schemas import InferRequest
 from runtime.serve.settings import ServeLimits
+from runtime.serve.workers import deadline_error
 
 _DATA_URL = re.compile(r"data:(image/[a-zA-Z0-9.+-]+);base64,")
 _OPTIONS = ("evidence", "stability")
 _SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "": False}
 # A client that has sent too much hears of it if it reads after it has sent; for so long it may go on sending.
 _LINGER_S = 2.0
+_PIECE_BYTES = 1 << 16
 # Beside pictures and pixels; no request needs a hundredth of it, and it takes no memory to speak of.
 _FEW = 10_000
 
@@ -110,10 +112,17 @@ async def read_body(request: Request, limits: ServeLimits, deadline_s: float) ->
         _refuse(408, "slow_body", got, wanted, "send less at once, or over a faster line", close=True)
 
 
-def picture_request(headers: Headers, body: bytes, limits: ServeLimits) -> PictureRequest:
+def picture_request(headers: Headers, body: bytes, limits: ServeLimits, deadline_s: float) -> PictureRequest:
     """Pictures of a JSON or multipart body.
 
+    Args:
+        headers: of the request.
+        body: of the request.
+        limits: of a request.
+        deadline_s: on the clock of `time.monotonic`; a form that looks like boundaries all over takes very long.
+
     Raises:
+        DeadlineError: that passed.
         RequestError: 415 for another type, 422 for a body that is not as it says, 413 for too many pictures.
     """
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -122,7 +131,7 @@ def picture_request(headers: Headers, body: bytes, limits: ServeLimits) -> Pictu
     if kind != "multipart/form-data":
         wanted = "application/json or multipart/form-data"
         _refuse(415, "unsupported_media_type", f"Content-Type {kind[:80]!r}", wanted, "see the examples on /docs")
-    return _finished(_from_form(headers, body, limits))
+    return _finished(_from_form(headers, body, limits, deadline_s))
 
 
 def validated(model: type[_Model], body: bytes, bounds: JsonBounds) -> _Model:
@@ -197,10 +206,10 @@ def _finished(work: Coroutine[Any, Any, _T]) -> _T:
     raise AssertionError("a form in memory was waited for")
 
 
-async def _from_form(headers: Headers, body: bytes, limits: ServeLimits) -> PictureRequest:
+async def _from_form(headers: Headers, body: bytes, limits: ServeLimits, deadline_s: float) -> PictureRequest:
     if not body.rstrip(b"\r\n").endswith(b"--"):
         _refuse(422, "invalid_form", "a form that is cut off", "the whole form", "send it again")
-    parser = _InMemory(headers, _in_one_piece(body), limits)
+    parser = _InMemory(headers, _in_pieces(body, deadline_s), limits)
     try:
         form = await parser.parse()
     except (MultiPartException, UnicodeError) as error:
@@ -242,8 +251,12 @@ class _InMemory(MultiPartParser):
         require_few(self._files, self._limits)
 
 
-async def _in_one_piece(body: bytes) -> AsyncGenerator[bytes, None]:
-    yield body
+async def _in_pieces(body: bytes, deadline_s: float) -> AsyncGenerator[bytes, None]:
+    """A body piece by piece, with a look at the clock before each."""
+    for place in range(0, len(body), _PIECE_BYTES):
+        if time.monotonic() > deadline_s:
+            raise deadline_error()
+        yield body[place : place + _PIECE_BYTES]
 
 
 def _option_name(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import logging
 import time
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.serve.request_errors import RequestError, request_error_from
@@ -133,12 +134,14 @@ def security_headers(path: str) -> dict[str, str]:
     return {**_HEADERS, "Cache-Control": "no-store", "Content-Security-Policy": policy}
 
 
-def problem(path: str, error: RequestError) -> JSONResponse:
+def problem(path: str, error: RequestError) -> Response:
     """Response that tells a client of an error; under /v2 in the words of that protocol, where `error` is a text."""
     body: dict[str, Any] = error.body()
     if path.startswith("/v2"):
         body = {"error": str(error), "code": error.code}
-    return JSONResponse(body, status_code=error.status, headers=error.headers())
+    # A name that was sent in JSON may hold half of a surrogate pair, which UTF-8 does not have.
+    content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode(errors="replace")
+    return Response(content, error.status, error.headers(), media_type="application/json")
 
 
 def _route_label(scope: Scope) -> str:
