@@ -3,7 +3,7 @@
 #   make test    the tests            make test-all   with the slow ones
 #   make check   lint, types, format  make format     apply the format
 #   make extension   the fused loss; the targets that train or test make it first
-#   make fuzz    100,000 wrong pictures, bundles and shards, and a report; fails at the first that is not refused
+#   make fuzz    100,000 wrong pictures, bundles, shards and requests, and a report; fails at the first not refused
 #   make bench   demo and benchmarks, their JSON and the README's tables; fails if a check of the loss is not met
 PYTHON ?= python3
 VENV := .venv

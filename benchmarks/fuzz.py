@@ -1,4 +1,4 @@
-"""Wrong pictures, bundles and shards by the hundred thousand: `python -m benchmarks.fuzz --inputs 100000`.
+"""Wrong pictures, bundles, shards and requests by the hundred thousand: `python -m benchmarks.fuzz --inputs 100000`.
 
 Each target runs in a process of its own, which libFuzzer (by atheris) leads to inputs that reach new lines of `runtime`
 and of Pillow; half of the mutants are libFuzzer's, half are made of valid seeds by `benchmarks.mutation`. Where atheris

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.fuzz_server import ServerReader, valid_requests, wrong_request
 from benchmarks.mutation import mutated_bytes, mutated_json, mutated_zip, with_png_checksums
 from benchmarks.pictures import photograph
 from runtime.backends.base import Outputs
@@ -31,6 +32,7 @@ from runtime.manifest import ModelManifest, manifest_from_json, manifest_to_json
 from runtime.onnx_guard import require_self_contained
 from runtime.preprocess import prepare
 from runtime.scoring.tar_shards import ShardReader, pictures_in_shard
+from runtime.serve.request_errors import RequestError
 from runtime.strict_json import canonical_json
 from tests.bundle_fixtures import write_bundle
 
@@ -88,8 +90,9 @@ def targets(folder: Path) -> list[Target]:
     golden = partial(_read_golden, folder, manifest)
     graph = (bundle / "model.fp32.onnx").read_bytes()
     shard = _shard(pictures[:3])
+    requests = valid_requests(pictures, manifest.name, manifest.preprocess.height)
     return [
-        Target("pictures", 0.6, pictures, partial(_wrong_picture, pictures), _read_picture, (PictureError,)),
+        Target("pictures", 0.5, pictures, partial(_wrong_picture, pictures), _read_picture, (PictureError,)),
         Target("manifest", 0.15, [text], _wrong_manifest, _read_manifest, (BundleError,)),
         Target("bundle-zip", 0.05, zips, _wrong_zip, partial(_read_zip, folder), (BundleError,)),
         Target("bundle-folder", 0.05, [text], _wrong_manifest, _FolderReader(folder, bundle), (BundleError,)),
@@ -98,6 +101,10 @@ def targets(folder: Path) -> list[Target]:
         Target(
             "shard", 0.05, [shard], partial(_wrong_shard, shard), partial(_read_shard, folder),
             (CollectionError, PictureError),
+        ),
+        Target(
+            "server", 0.1, requests, partial(wrong_request, pictures, manifest.name),
+            ServerReader(bundle, _Answers()), (RequestError,),
         ),
     ]  # fmt: skip
 

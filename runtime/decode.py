@@ -7,7 +7,6 @@ header that claims more than the pixel limit is refused before anything is decod
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -19,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from runtime.errors import PictureError, PictureFormatError, PictureTooLargeError
+from runtime.counted_streams import CountedBytes, CountedFile, CountedStream
+from runtime.errors import PictureError, PictureFormatError, PictureMemoryError, PictureTooLargeError
 from runtime.jpeg_region import decode_jpeg_part, why_in_full
 from runtime.limits import MAX_PIXELS
 from runtime.pillow_guard import neutral_pillow
@@ -191,7 +191,9 @@ def _as_picture_error(name: str) -> Iterator[None]:
             name, got=f"too many pixels ({error})", wanted="a picture within the limit", remedy="scale it down"
         ) from error
     except MemoryError as error:
-        raise _refusal(name, "no memory left to decode it", _WANTED, "decode fewer at once") from error
+        raise PictureMemoryError(
+            name, got="no memory left to decode it", wanted=_WANTED, remedy="decode fewer at once"
+        ) from error
     except Exception as error:
         text = str(error) or type(error).__name__
         raise _refusal(name, f"damaged data ({text})", _WANTED, "replace the file with an intact one") from error
@@ -201,7 +203,7 @@ def _refusal(name: str, got: str, wanted: str, remedy: str) -> PictureError:
     return PictureError(name, got=got, wanted=wanted, remedy=remedy)
 
 
-def _opened(source: Any, name: str) -> BinaryIO:
+def _opened(source: Any, name: str) -> CountedStream:
     """Seekable stream over the bytes of a path, a buffer or a file object."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _non_empty(bytes(source), name)
@@ -222,7 +224,7 @@ def _opened(source: Any, name: str) -> BinaryIO:
     return _non_empty(data, name)
 
 
-def _opened_file(path: Path, name: str) -> BinaryIO:
+def _opened_file(path: Path, name: str) -> CountedStream:
     try:
         status = path.stat()
     except FileNotFoundError as error:
@@ -236,27 +238,29 @@ def _opened_file(path: Path, name: str) -> BinaryIO:
     if status.st_size == 0:
         raise _refusal(name, "an empty file", _WANTED, "fetch or write the file again")
     try:
-        return path.open("rb")
+        return CountedFile(path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise _refusal(name, f"a file that cannot be read ({reason})", _WANTED, "check its permissions") from error
 
 
-def _non_empty(data: bytes, name: str) -> BinaryIO:
+def _non_empty(data: bytes, name: str) -> CountedStream:
     if not data:
         raise _refusal(name, "no bytes at all", _WANTED, "pass the whole content of the file")
-    return io.BytesIO(data)
+    return CountedBytes(data)
 
 
-def _identified(stream: BinaryIO, name: str) -> Image.Image:
+def _identified(stream: CountedStream, name: str) -> Image.Image:
     Image.init()
     formats = [form for form in _FORMATS if form in Image.OPEN]  # AVIF and WebP depend on how Pillow was built
     try:
-        return Image.open(stream, formats=formats)
+        image = Image.open(stream, formats=formats)
     except UnidentifiedImageError as error:
         raise PictureFormatError(
             name, got="data of no known picture format", wanted=_WANTED, remedy="convert it to PNG or JPEG"
         ) from error
+    stream.allow_pixels()
+    return image
 
 
 def _require_size(name: str, width: int, height: int, max_pixels: int) -> None:

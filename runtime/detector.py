@@ -22,7 +22,7 @@ from runtime.backends.choice import Choice, choose
 from runtime.bundle import Bundle, open_bundle
 from runtime.changes import CHANGES, UNCHANGED, Looks, picture_crops
 from runtime.decode import PictureSource
-from runtime.errors import PictureError, UsageError
+from runtime.errors import BackendError, NTFError, PictureError, UsageError
 from runtime.golden import require_golden
 from runtime.limits import MAX_PIXELS
 from runtime.pipeline import pipelined
@@ -50,6 +50,7 @@ class Detection:
         evidence: (h, w) float32 calibrated logit of each cell of the crop that was looked at; above 0 is fake.
         error: why there is no verdict, in one sentence.
         stability: how far the score moves when the picture is changed; None where that was not asked for.
+        cause: the error of which `error` is the text, for programs that tell errors apart.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Detection:
     evidence: NDArray[np.float32] | None
     error: str | None
     stability: Stability | None = None
+    cause: NTFError | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary with the same field names, ready for `json.dumps`; evidence as rows of numbers."""
@@ -269,9 +271,10 @@ class Detector:
             outputs = _inferred(backend, crops, batch_size) if crops else None
         first, detections = 0, []
         for name, looks, found in pictures:
-            if isinstance(found, PictureError) or outputs is None:
-                detections.append(failed_detection(name, str(found)))
+            if isinstance(found, PictureError):
+                detections.append(failed_detection(name, found))
             else:
+                assert outputs is not None  # there is a crop
                 rows = slice(first, first + len(found))
                 first = rows.stop
                 detections.append(self._detection(name, Outputs(*(array[rows] for array in outputs)), looks))
@@ -387,13 +390,13 @@ class Detector:
         similarities = outputs.trace_similarity.astype(np.float64).reshape(changes, -1).mean(axis=1)
         evidence = self._calibration.calibrated(outputs.evidence[0]).astype(np.float32)
         if not all(np.isfinite(values).all() for values in (logits, similarities, evidence)):
-            error = PictureError(
+            error = BackendError(
                 name,
                 got="a score that is not a finite number",
                 wanted="finite outputs",
                 remedy=f"choose another precision than {self.info.precision}, and report the picture",
             )
-            return failed_detection(name, str(error))
+            return failed_detection(name, error)
         probabilities, verdicts = self._calibration.fake_probability(logits), self._calibration.verdicts(logits)
         found = stability_of(looks.changes, probabilities, verdicts) if changes > 1 else None
         return Detection(
@@ -422,9 +425,9 @@ def _inferred(backend: Backend, crops: list[NDArray[np.uint8]], batch_size: int)
     return batches[0] if len(batches) == 1 else Outputs(*map(np.concatenate, zip(*batches, strict=True)))
 
 
-def failed_detection(name: str, error: str) -> Detection:
+def failed_detection(name: str, error: NTFError) -> Detection:
     """Detection of a picture without a verdict."""
-    return Detection(name, None, None, None, None, error)
+    return Detection(name, None, None, None, None, str(error), cause=error)
 
 
 def _verdict(text: str) -> Verdict:

@@ -6,6 +6,7 @@
       PictureError     one picture cannot be read or is outside the stated limits
         PictureFormatError   it is of no known picture format
         PictureTooLargeError it has more pixels than are accepted
+        PictureMemoryError   there was no memory to decode it
       CollectionError  a collection, or what an interrupted scoring left, is damaged or has changed
       UsageError       an argument does not make sense
       QueueFullError   as many requests wait as may wait
@@ -63,6 +64,10 @@ class PictureFormatError(PictureError):
 
 class PictureTooLargeError(PictureError):
     """A picture has more pixels than are accepted."""
+
+
+class PictureMemoryError(PictureError):
+    """No memory was left to decode a picture; it says nothing of the picture."""
 
 
 class CollectionError(NTFError):

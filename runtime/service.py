@@ -439,7 +439,7 @@ class _Lane:
             return picture
         read = picture if isinstance(picture, PreparedPicture) else self._read(picture)
         if isinstance(read.crops, PictureError):
-            return Answered(failed_detection(read.name, str(read.crops)))
+            return Answered(failed_detection(read.name, read.crops))
         return read
 
     def _read(self, picture: _Picture) -> PreparedPicture:

@@ -10,22 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from bundle_fixtures import random_images, write_bundle
+from bundle_fixtures import random_images
 from PIL import Image
-from serve_fixtures import hosted, png
+from serve_fixtures import png
 
+from benchmarks import fuzz_server
 from benchmarks.serving import BEGIN, END
+from runtime.serve.scoring import STATUSES
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("docs") / "tiny"
-    write_bundle(folder)
-    with hosted(folder) as running:
-        yield running
 
 
 @pytest.fixture
@@ -68,7 +62,7 @@ def test_example_of_tritons_client_prints_a_verdict(server, folder):
 def test_every_code_and_field_and_metric_is_listed(server):
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "runtime" / "serve").glob("*.py"))
     codes = set(re.findall(r'code="(\w+)"', sources)) | set(re.findall(r'_refuse\(\d+, "(\w+)"', sources))
-    codes |= set(re.findall(r'_retold\(error, \d+, "(\w+)"', sources)) | {"too_many_pixels", "unknown_format"}
+    codes |= set(re.findall(r'_retold\(error, \d+, "(\w+)"', sources)) | set(STATUSES)
     assert len(codes) > 15
     (row,) = server.infer(png(random_images(1)[0])).json()["data"]
     metrics = re.findall(r"^# HELP (ntf_\w+) ", server.get("/metrics").body.decode(), flags=re.MULTILINE)
@@ -76,6 +70,11 @@ def test_every_code_and_field_and_metric_is_listed(server):
     assert "ntf_batch_size" in metrics
     for name in (*codes, *row, *metrics):
         assert re.search(rf"`{name}[`{{]", TEXT), name
+
+
+def test_every_status_that_the_fuzzer_lets_pass_is_listed_and_no_fault_of_the_server_is():
+    listed = {int(status) for status in re.findall(r"^\| (\d{3}) \|", TEXT, flags=re.MULTILINE)}
+    assert {status for status in fuzz_server.STATUSES if status >= 400} == listed - {400, 401, 500}
 
 
 def test_every_option_is_one_of_the_command():

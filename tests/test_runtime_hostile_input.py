@@ -36,7 +36,7 @@ from runtime.manifest import manifest_from_json
 from runtime.onnx_guard import require_self_contained
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ("pictures", "manifest", "bundle-zip", "bundle-folder", "graph", "golden", "shard")
+TARGETS = ("pictures", "manifest", "bundle-zip", "bundle-folder", "graph", "golden", "shard", "server")
 # What one input may take in a test, however busy the machine is; the slowest of a fuzz run is in its report.
 LONGEST_S = 10
 NUMBERS = st.integers(0, 2**32 - 1)
@@ -44,7 +44,9 @@ NUMBERS = st.integers(0, 2**32 - 1)
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory):
-    return {target.name: target for target in targets(tmp_path_factory.mktemp("fuzz"))}
+    by_name = {target.name: target for target in targets(tmp_path_factory.mktemp("fuzz"))}
+    yield by_name
+    by_name["server"].read.close()
 
 
 @pytest.mark.parametrize("name", TARGETS)

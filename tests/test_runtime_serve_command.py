@@ -52,8 +52,8 @@ def _no_token_of_the_environment(monkeypatch):
 
 
 @contextmanager
-def _started(*arguments, code=None, **environment):
-    """A server as a process, ready, and a client of it."""
+def _process(*arguments, code=None, **environment):
+    """A server as a process that listens, and a client of it."""
     command = [sys.executable, "-W", "error", *(["-c", code] if code else ["-m", "runtime.cli"]), "serve"]
     command += ["--port", "0", "--backend", "onnxruntime", "--threads", "1", *map(str, arguments)]
     with subprocess.Popen(
@@ -65,12 +65,18 @@ def _started(*arguments, code=None, **environment):
         try:
             line = process.stderr.readline()
             assert line.startswith("ntf: listening on http://127.0.0.1:"), line + process.stderr.read()
-            client = Client(int(line.rpartition(":")[2]))
-            wait_for(lambda: client.get("/readyz").status == 200)
-            yield process, client
+            yield process, Client(int(line.rpartition(":")[2]))
         finally:
             process.kill()
             watchdog.cancel()
+
+
+@contextmanager
+def _started(*arguments, **options):
+    """A server as a process, ready, and a client of it."""
+    with _process(*arguments, **options) as (process, client):
+        wait_for(lambda: client.get("/readyz").status == 200)
+        yield process, client
 
 
 def test_sigterm_ends_what_is_inside_first_and_gives_status_0(tiny_bundle):
@@ -101,6 +107,32 @@ def test_second_signal_does_not_wait(tiny_bundle):
         assert client.infer(grey).status == 503
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
+
+
+# The model is never open: the thread that opens it says so and sleeps.
+_OPENING_FOR_EVER = """
+import sys, time
+from runtime import detector
+from runtime.cli import main
+
+def opened(*arguments, **options):
+    print("opening", file=sys.stderr, flush=True)
+    time.sleep(3600)
+
+detector.open_backend = opened
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_second_signal_ends_a_server_whose_model_is_still_being_opened(tiny_bundle):
+    with _process("--model", tiny_bundle, code=_OPENING_FOR_EVER) as (process, client):
+        assert process.stderr.readline() == "opening\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline() == "ntf: stopping when the model is open; a second signal does not wait\n"
+        assert client.get("/healthz").status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 128 + signal.SIGINT
+        assert process.stderr.read() == "ntf: ended while the model was being opened\n"
 
 
 def test_token_of_the_environment_is_asked_for(tiny_bundle):

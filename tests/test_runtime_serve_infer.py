@@ -7,25 +7,23 @@ import io
 import json
 import socket
 import threading
+import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from bundle_fixtures import CALIBRATION, numpy_outputs, random_images, write_bundle
 from PIL import Image
 from serve_fixtures import Client, GatedBackend, data_url, form, gate_into, hosted, png, wait_for
+from starlette.datastructures import Headers
 
-from runtime import Detector
+from runtime import Detector, decode
+from runtime.errors import DeadlineError
+from runtime.serve import bodies, open_inference_routes, scoring
 from runtime.serve.settings import ServeLimits, ServeSettings
 
 LIMITS = ServeLimits(max_request_bytes=200_000, max_pixels=10_000, max_pictures=3, timeout_s=5.0)
 TOKEN = "a-token-of-the-tests"
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("serve") / "tiny"
-    write_bundle(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +148,9 @@ def test_files_that_are_no_pictures_do_not_make_pictures_look_fast(server):
     ("body", "code", "message"),
     [
         (b"{", "invalid_request", "Invalid JSON"),
-        (b"[" * 100_000, "invalid_request", "the body"),
+        (b"[" * 9_000, "invalid_request", "Invalid JSON"),
+        (b'{"input": ["x"], "evidence": NaN}', "invalid_request", "NaN is no number"),
+        (b'{"input": ["x"], "\\ud800": 1}', "invalid_request", "unable to parse"),
         (b'{"input": []}', "invalid_request", "input"),
         (b'{"input": "x"}', "invalid_request", "input"),
         (b'{"input": ["http://example.org/a.png"]}', "no_data_url", "wanted data:image"),
@@ -218,10 +218,33 @@ def test_form_that_is_cut_off_gives_422(server):
     assert answer.status == 422
 
 
+def test_form_that_looks_like_boundaries_all_over_is_read_and_takes_no_more_than_its_time():
+    headers = Headers({"content-type": "multipart/form-data; boundary=b"})
+    body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"\r\n--bx" * 30_000
+    body += b"\r\n--b--\r\n"
+    request = bodies.picture_request(headers, body, ServeLimits(), time.monotonic() + 60)
+    assert request.pictures[0].data == b"\r\n--bx" * 30_000
+    with pytest.raises(DeadlineError):
+        bodies.picture_request(headers, body, ServeLimits(), time.monotonic())
+
+
 def test_too_many_pictures_give_413(server):
     picture = png(random_images(1)[0])
     for answer in (server.infer(*[picture] * 4), server.upload(*[("file", "a.png", picture)] * 4)):
         assert (answer.status, answer.code) == (413, "too_many_pictures")
+
+
+def test_more_files_than_any_form_parser_takes_give_413_as_well(server):
+    answer = server.upload(*[("file", "a", b"")] * 1001)
+    assert (answer.status, answer.code) == (413, "too_many_pictures")
+    assert answer.json()["error"]["message"].startswith("request: got 4 pictures")
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"1"])
+def test_json_of_very_many_values_gives_413(server, value):
+    body = b'{"input": [' + b",".join([value] * 20_000) + b"]}"
+    answer = server.request("POST", "/v1/infer", body, {"Content-Type": "application/json"})
+    assert (answer.status, answer.code) == (413, "too_many_values")
 
 
 # bytes and time
@@ -272,6 +295,64 @@ def test_picture_that_is_not_scored_in_time_gives_503(gated):
     assert int(answer.headers["Retry-After"]) >= 1
     gate.open.set()
     assert server.infer(png(random_images(1)[0])).status == 200
+
+
+def test_header_that_takes_too_long_gives_503_in_time(gated, monkeypatch):
+    server, _ = gated
+    with _held(monkeypatch, scoring, "check_header") as held:
+        answer = server.infer(png(random_images(1)[0]))
+        assert (answer.status, answer.code) == (503, "deadline_exceeded")
+        assert held.entered.is_set()
+    assert server.infer(png(random_images(1)[0])).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "module", "reader"),
+    [
+        ("/v1/infer", "application/json", bodies, "validated"),
+        ("/v1/infer", 'multipart/form-data; boundary="a boundary"', bodies, "_InMemory"),
+        ("/v2/models/tiny/infer", "application/json", open_inference_routes, "parse_request"),
+    ],
+)
+def test_server_is_alive_while_it_takes_a_large_body_apart(bundle, monkeypatch, path, kind, module, reader):
+    # Larger than what is taken apart at once; it makes no sense, and is refused in the end.
+    body = b"{" + b" " * 100_000 + b"--"
+    with hosted(bundle) as server, _held(monkeypatch, module, reader) as held:
+        answers = []
+        thread = threading.Thread(
+            target=lambda: answers.append(server.request("POST", path, body, {"Content-Type": kind}))
+        )
+        thread.start()
+        assert held.entered.wait(10)
+        assert server.get("/healthz").status == 200
+        assert not held.over.is_set()
+        held.go.set()
+        thread.join()
+    assert [answer.status for answer in answers] == [422]
+
+
+class _Held:
+    """A function that waits for the test, though not for ever."""
+
+    def __init__(self, function):
+        self._function = function
+        self.entered, self.go, self.over = threading.Event(), threading.Event(), threading.Event()
+
+    def __call__(self, *arguments, **options):
+        self.entered.set()
+        self.go.wait(5)
+        self.over.set()
+        return self._function(*arguments, **options)
+
+
+@contextmanager
+def _held(monkeypatch, module, name):
+    held = _Held(getattr(module, name))
+    monkeypatch.setattr(module, name, held)
+    try:
+        yield held
+    finally:
+        held.go.set()
 
 
 # concurrency
@@ -350,6 +431,55 @@ def test_error_inside_gives_500_without_a_word_of_it_and_stands_in_the_log(bundl
         assert "secret path" in caplog.text
         Broken.broken = False
         assert server.infer(png(random_images(1)[0])).status == 200
+
+
+class _NotFinite(GatedBackend):
+    def infer(self, images):
+        outputs = super().infer(images)
+        return outputs._replace(logits=np.where((images == 0).all((1, 2, 3)), np.nan, outputs.logits))
+
+
+def test_score_that_is_not_finite_is_the_servers_fault(bundle):
+    black, grey = (png(np.full((16, 16, 3), value, np.uint8)) for value in (0, 128))
+    # Warming up with black pictures looks at no score.
+    with hosted(bundle, backend=_NotFinite) as server:
+        for pictures in ([black], [black, b"no picture"]):
+            answer = server.infer(*pictures)
+            assert (answer.status, answer.code) == (500, "score_not_finite")
+        tensor = {"name": "pictures", "shape": [1], "datatype": "BYTES", "data": [data_url(black)]}
+        answer = server.post_json("/v2/models/tiny_pictures/infer", {"inputs": [tensor]})
+        assert (answer.status, answer.json()["code"]) == (500, "score_not_finite")
+        rows = server.infer(black, grey).json()["data"]
+        assert [row["status"] for row in rows] == ["ERROR", "SUCCESS"]
+        assert rows[0]["error"]["code"] == "score_not_finite"
+        assert server.counter('ntf_errors_total{code="score_not_finite"}') > 0
+
+
+def test_memory_that_is_not_there_is_the_servers_fault(server, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    picture = png(random_images(1)[0])
+    for module, name in ((decode, "_decoded_part"), (decode, "_identified"), (bodies, "picture_from_data_url")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, no_memory)
+            answer = server.infer(picture)
+        assert (answer.status, answer.code) == (503, "out_of_memory")
+        assert answer.headers["Retry-After"]
+    assert server.infer(picture).status == 200
+
+
+def test_model_without_natural_traces_has_no_similarity(tmp_path):
+    write_bundle(tmp_path / "tiny", mean_trace=(0.0,) * 128)
+    with hosted(tmp_path / "tiny") as server:
+        assert server.get("/v1/model").json()["natural_traces"] is False
+        (row,) = server.infer(png(random_images(1)[0])).json()["data"]
+        assert (row["verdict"] is None, row["trace_similarity"]) == (False, None)
+        outputs = server.get("/v2/models/tiny_pictures").json()["outputs"]
+        assert [output["name"] for output in outputs] == ["verdict", "fake_probability"]
+        tensor = {"name": "pictures", "shape": [1], "datatype": "BYTES", "data": [data_url(png(random_images(1)[0]))]}
+        answer = server.post_json("/v2/models/tiny_pictures/infer", {"inputs": [tensor]})
+        assert len(answer.json()["outputs"]) == 2
 
 
 # token

@@ -8,26 +8,12 @@ import socket
 import threading
 
 import pytest
-from bundle_fixtures import random_images, write_bundle
-from serve_fixtures import Hosted, hosted, png, wait_for
+from bundle_fixtures import random_images
+from serve_fixtures import Hosted, png, wait_for
 
 from runtime.errors import BundleError
 from runtime.serve.settings import ServeSettings
 from runtime.service import DetectorService
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("operation") / "tiny"
-    write_bundle(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(bundle):
-    with hosted(bundle) as running:
-        yield running
-
 
 # probes
 
@@ -101,6 +87,7 @@ def test_metrics_count_requests_pictures_batches_verdicts_and_errors(server):
     for name, value in before.items():
         assert server.counter(name) - value == 4
     assert server.counter('ntf_inference_seconds_bucket{le="+Inf"}') >= 2
+    assert server.counter('ntf_errors_total{code="not_found"}') == 1
     assert server.counter("ntf_queue_length") == 0
     assert server.counter("ntf_latency_bound_seconds") > 0
     assert "made-up" not in server.get("/metrics").body.decode()
@@ -116,7 +103,7 @@ def test_description_names_every_route_and_both_forms_of_a_request(server):
     )
     infer = described["paths"]["/v1/infer"]["post"]
     assert set(infer["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
-    assert set(infer["responses"]) == {"200", "401", "408", "413", "415", "422", "429", "503"}
+    assert set(infer["responses"]) == {"200", "401", "408", "413", "415", "422", "429", "500", "503"}
     # Whatever the description points to is in it.
     for name in re.findall(r"#/components/schemas/(\w+)", json.dumps(described)):
         assert name in described["components"]["schemas"]
@@ -135,9 +122,14 @@ def test_pages_load_nothing_from_elsewhere(server):
             assert link == "data:," or server.get(link).status == 200, link
 
 
-@pytest.mark.parametrize("path", ["/", "/healthz", "/nothing", "/page/page.css"])
+@pytest.mark.parametrize(
+    "path", ["/", "/healthz", "/nothing", "/page/page.css", "/page/index.html", "/page/docs.html", "/docs/nothing"]
+)
 def test_every_response_tells_browsers_to_trust_it_with_nothing(server, path):
     headers = server.get(path).headers
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; ")
+    assert headers["Content-Security-Policy"].endswith("frame-ancestors 'none'")
+    assert "unsafe" not in headers["Content-Security-Policy"] or path.startswith("/docs")
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["Referrer-Policy"] == "no-referrer"
     assert headers["Cache-Control"] == "no-store"
@@ -153,17 +145,31 @@ def test_every_response_tells_browsers_to_trust_it_with_nothing(server, path):
         ("DELETE", "/v1/infer", 405, "method_not_allowed"),
         ("GET", "/v1/infer", 405, "method_not_allowed"),
         ("POST", "/healthz", 405, "method_not_allowed"),
+        ("GET", "/v1/model/", 404, "not_found"),
+        ("GET", "/page/%00", 404, "not_found"),
     ],
 )
-def test_other_paths_and_methods_give_the_same_kind_of_error(server, method, path, status, code):
-    answer = server.request(method, path)
+def test_other_paths_and_methods_give_the_same_kind_of_error_and_are_counted(server, method, path, status, code):
+    counter = f'ntf_errors_total{{code="{code}"}}'
+    before = server.counter(counter)
+    answer = server.request(method, path, headers={"Host": "[", "Range": "bytes=x"})
     assert (answer.status, answer.code) == (status, code)
     assert set(answer.json()) == {"error"}
+    assert server.counter(counter) == before + 1
 
 
-def test_bytes_that_are_no_request_do_not_hurt(server):
+def test_wrong_range_of_a_file_is_not_looked_at(server):
+    assert server.get("/page/page.css", {"Range": "bytes=x"}).body == server.get("/page/page.css").body
+
+
+def test_bytes_that_are_no_request_get_the_same_kind_of_error(server):
     for data in (b"\0" * 100, b"POST /v1/infer HTTP/1.1\r\nContent-Length: -1\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall(data)
-            assert connection.recv(4096).startswith(b"HTTP/1.1 4")
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))  # to the end: the connection is closed
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert b"content-security-policy: default-src 'none'" in head.lower()
+        assert json.loads(body)["error"]["code"] == "malformed_request"
+    assert server.counter('ntf_errors_total{code="malformed_request"}') == 2
     assert server.get("/readyz").status == 200

@@ -14,6 +14,7 @@ from PIL import Image
 from serve_fixtures import hosted, png
 
 from runtime.changes import CHANGES
+from runtime.preprocess import pad_to
 from runtime.serve.settings import ServeSettings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
@@ -25,19 +26,6 @@ FLAGS = [
 ]  # fmt: skip
 TOKEN = "a-token-of-the-tests"
 WORDS = {"real": "Looks natural", "uncertain": "Uncertain", "fake": "Looks generated"}
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page") / "tiny"
-    write_bundle(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(bundle):
-    with hosted(bundle) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +138,18 @@ def test_centre_of_a_larger_picture_is_what_is_shown(open_page, server, files):
     np.testing.assert_array_equal(without[side // 2 :: side, side // 2 :: side], rgb[16:32, 32:48])
 
 
+def test_smaller_picture_is_shown_mirrored_outwards_as_the_model_sees_it(open_page, server, tmp_path):
+    rgb = random_images(1, seed=5)[0][:5, :11]
+    Image.fromarray(rgb).save(tmp_path / "small.png")
+    page = open_page(server)
+    _choose(page, tmp_path / "small.png")
+    playwright.expect(page.get_by_text("mirrored outwards to fill it")).to_be_visible()
+    page.get_by_label("show").uncheck()
+    without = _pixels(page, ".crop")
+    side = without.shape[0] // 16
+    np.testing.assert_array_equal(without[side // 2 :: side, side // 2 :: side], pad_to(rgb, 16, 16))
+
+
 def test_everything_can_be_done_from_the_keyboard(open_page, server, files):
     page = open_page(server)
     choosers = []
@@ -229,6 +229,49 @@ def test_busy_server_is_asked_again(open_page, server, files):
     _choose(page, files / "0.png")
     playwright.expect(page.get_by_text("The server is busy; trying again in 1 s")).to_be_visible()
     playwright.expect(page.locator(".verdict")).to_be_visible()
+
+
+def test_answer_that_is_not_understood_costs_one_picture_alone(open_page, server, files):
+    page = open_page(server)
+    answers = [{"data": []}]
+    page.route("**/v1/infer", lambda route: route.fulfill(json=answers.pop()) if answers else route.continue_())
+    _choose(page, files / "0.png", files / "1.png")
+    playwright.expect(_card(page, "0.png").get_by_role("status")).to_have_text(re.compile("is not understood"))
+    playwright.expect(_card(page, "1.png").locator(".verdict")).to_be_visible()
+    _choose(page, files / "0.png")
+    playwright.expect(_card(page, "0.png").first.locator(".verdict")).to_be_visible()
+
+
+# Notes every bitmap; one that is closed has no size any more.
+_NOTE_BITMAPS = """() => {
+    window.bitmaps = [];
+    const real = window.createImageBitmap;
+    window.createImageBitmap = async (...options) => {
+        const bitmap = await real(...options);
+        window.bitmaps.push(bitmap);
+        return bitmap;
+    };
+}"""
+
+
+def test_pictures_are_kept_as_thumbnails_alone_and_not_once_they_are_removed(open_page, server, tmp_path):
+    page = open_page(server)
+    page.evaluate(_NOTE_BITMAPS)
+    Image.new("RGB", (2400, 1200), (90, 120, 30)).save(tmp_path / "large.png")
+    _choose(page, tmp_path / "large.png")
+    playwright.expect(page.get_by_role("img", name="large.png, 2400 by 1200 pixels")).to_be_visible()
+    assert page.evaluate("bitmaps.map((b) => [b.width, b.height])") == [[0, 0], [960, 480], [16, 16]]
+    page.get_by_role("button", name="Remove all").click()
+    assert page.evaluate("bitmaps.map((b) => b.width)") == [0, 0, 0]
+
+
+def test_model_without_natural_traces_shows_no_similarity(open_page, tmp_path, files):
+    write_bundle(tmp_path / "tiny", mean_trace=(0.0,) * 128)
+    with hosted(tmp_path / "tiny") as server:
+        page = open_page(server)
+        _choose(page, files / "0.png")
+        playwright.expect(page.get_by_text("Fake probability", exact=True)).to_be_visible()
+        assert "similarity" not in page.get_by_role("listitem").inner_text()
 
 
 def test_server_that_is_gone_is_told_in_words(open_page, server, files):

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
-from bundle_fixtures import CALIBRATION, numpy_outputs, random_images, write_bundle
+from bundle_fixtures import CALIBRATION, numpy_outputs, random_images
 from serve_fixtures import data_url, hosted, png
 
 from runtime.manifest import OUTPUTS
+from runtime.serve.open_inference import TensorSpec, parse_request
+from runtime.serve.request_errors import RequestError
 from runtime.serve.settings import ServeLimits, ServeSettings
 
 tritonhttp = pytest.importorskip("tritonclient.http", reason="needs tritonclient and geventhttpclient")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tensors") / "tiny"
-    write_bundle(folder)
-    with hosted(folder, settings=ServeSettings(ServeLimits(max_pictures=8))) as running:
+def server(bundle):
+    with hosted(bundle, settings=ServeSettings(ServeLimits(max_pictures=8))) as running:
         yield running
 
 
@@ -184,6 +185,12 @@ def test_bytes_tensor_whose_lengths_do_not_add_up_gives_422(server, data):
     assert answer.status == 422
 
 
+def test_name_with_half_a_surrogate_pair_is_told_without_it(server):
+    answer = _post(server, "tiny", {"inputs": [{**_HEAD, "name": "a\ud800", "data": _DATA}], "id": "\ud800"})
+    assert answer.status == 422
+    assert "got inputs a?, wanted images alone" in answer.json()["error"]
+
+
 def test_one_file_that_cannot_be_read_fails_the_request(server):
     urls = [data_url(png(random_images(1)[0])), data_url(b"no picture")]
     tensor = {"name": "pictures", "shape": [2], "datatype": "BYTES", "data": urls}
@@ -214,6 +221,23 @@ def test_request_that_would_cost_more_than_it_says_gives_422(server, change, mes
     answer = _post(server, "tiny", {"inputs": [pixels]} | change)
     assert answer.status == 422
     assert message in answer.json()["error"]
+
+
+def test_memory_of_a_json_body_is_bounded_by_the_pixels_that_a_request_may_have():
+    bounds = TensorSpec("images", "UINT8", (-1, 16, 16, 3)).json_bounds(8)
+    head = b'{"inputs": [{"name": "images", "shape": [8, 16, 16, 3], "datatype": "UINT8", "data": ['
+    for value, count, most in ((b"[]", 12_000, 30), (b'"ab"', 16_000, 30), (b"[]", 300_000, 2), (b"1", 300_000, 2)):
+        body = head + b",".join([value] * count) + b"]}]}"
+        tracemalloc.start()
+        try:
+            if most > 2:
+                parse_request(body, None, bounds)
+            else:
+                with pytest.raises(RequestError, match="at most 16144 and 12184"):
+                    parse_request(body, None, bounds)
+            assert tracemalloc.get_traced_memory()[1] < most * len(body)
+        finally:
+            tracemalloc.stop()
 
 
 def test_elements_beyond_the_shape_are_not_taken_apart(server):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import fastapi_offline
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 import runtime
 from runtime.serve.bodies import picture_request, read_body
-from runtime.serve.gate import Gate, problem
+from runtime.serve.gate import Gate
 from runtime.serve.open_inference_routes import open_inference_router
 from runtime.serve.request_errors import RequestError
 from runtime.serve.schemas import (
@@ -25,29 +27,23 @@ from runtime.serve.schemas import (
     ModelInformation,
     ModelSummary,
 )
-from runtime.serve.scoring import results
+from runtime.serve.scoring import remaining_s, results
 from runtime.serve.settings import ServeSettings
 from runtime.serve.state import ServerState, ServiceLoader
 
 _PAGE = Path(__file__).parent / "page"
 _SWAGGER = Path(fastapi_offline.__file__).parent / "static"
-# Nothing from elsewhere, nothing inline. Pictures are shown from memory (blob:).
-_PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-# Swagger UI writes style attributes.
-_DOCS_POLICY = _PAGE_POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
 _REFUSALS: dict[int | str, dict[str, object]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
         401: "no token, or another",
         408: "the body took too long",
-        413: "too many bytes, pixels or pictures",
+        413: "too many bytes, pixels, pictures or values",
         415: "neither JSON nor a form, or no picture of a known format",
         422: "a body or a picture that cannot be read",
         429: "too much to do; Retry-After says when to try again",
-        503: "starting, stopping, or out of time",
+        500: "an error of the server",
+        503: "starting, stopping, out of time, or out of memory",
     }.items()
 }
 
@@ -67,6 +63,8 @@ def create_app(settings: ServeSettings, load: ServiceLoader) -> FastAPI:
         lifespan=_lifespan,
         docs_url=None,
         redoc_url=None,
+        # A path with a slash too many is another one; an answer that leads elsewhere would take the client's Host.
+        redirect_slashes=False,
     )
     app.state.server = state
     app.add_middleware(Gate, state=state)
@@ -98,7 +96,8 @@ def _infer_router(state: ServerState) -> APIRouter:
         """Verdicts on pictures, sent as data URLs in JSON or as files in a form."""
         limits = state.settings.limits
         content = await read_body(request, limits, request.scope["deadline_s"])
-        wanted = await picture_request(request, content, limits)
+        take_apart = partial(picture_request, request.headers, content, limits, request.scope["deadline_s"])
+        wanted = await state.workers.run(take_apart, timeout_s=remaining_s(request), size_bytes=len(content))
         data = await results(request, wanted, state)
         # Checked and written once; FastAPI would take the models apart and check them again.
         answer = InferResponse(data=data, model=_model_summary(state))
@@ -146,6 +145,7 @@ def _model_information(state: ServerState) -> ModelInformation:
         input_width=manifest.preprocess.width,
         real_below=float(calibration.fake_probability(calibration.real_threshold)),
         fake_above=float(calibration.fake_probability(calibration.fake_threshold)),
+        natural_traces=state.natural_traces,
         limits={
             "request_bytes": limits.max_request_bytes,
             "pixels": limits.max_pixels,
@@ -182,25 +182,24 @@ def _page_router() -> APIRouter:
 
     @router.get("/")
     async def page() -> FileResponse:
-        return FileResponse(_PAGE / "index.html", headers={"Content-Security-Policy": _PAGE_POLICY})
+        return FileResponse(_PAGE / "index.html")
 
     @router.get("/docs")
     async def docs() -> FileResponse:
-        return FileResponse(_PAGE / "docs.html", headers={"Content-Security-Policy": _DOCS_POLICY})
+        return FileResponse(_PAGE / "docs.html")
 
     return router
 
 
-async def _no_such_thing(request: Request, error: Exception) -> JSONResponse:
-    """What the router itself refuses: a path or a method that is not there."""
+async def _no_such_thing(request: Request, error: Exception) -> NoReturn:
+    """What the router itself refuses, a path or a method that is not there, as the gate answers and counts it."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
-    told = RequestError(
+    raise RequestError(
         "request",
-        got=f"{request.method[:20]} {request.url.path[:200]}",
+        got=f"{request.method[:20]} {request.scope['path'][:200]}",
         wanted="a path and method that are listed on /docs",
         remedy="correct the address",
         status=error.status_code,
         code=code,
-    )
-    return problem(request.url.path, told)
+    ) from error

@@ -1,33 +1,40 @@
-"""Request bodies: read within their limit, then taken apart into pictures."""
+"""Request bodies: read within their limit, then taken apart into pictures, which may be done in any thread."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import binascii
+import json
+import math
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from runtime.serve.request_errors import RequestError
 from runtime.serve.schemas import InferRequest
 from runtime.serve.settings import ServeLimits
+from runtime.serve.workers import deadline_error
 
 _DATA_URL = re.compile(r"data:(image/[a-zA-Z0-9.+-]+);base64,")
 _OPTIONS = ("evidence", "stability")
 _SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "": False}
 # A client that has sent too much hears of it if it reads after it has sent; for so long it may go on sending.
 _LINGER_S = 2.0
+_PIECE_BYTES = 1 << 16
+# Beside pictures and pixels; no request needs a hundredth of it, and it takes no memory to speak of.
+_FEW = 10_000
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,36 @@ class PictureRequest:
     pictures: list[Picture]
     evidence: bool
     stability: bool
+
+
+@dataclass(frozen=True)
+class JsonBounds:
+    """How much a JSON text may hold: three characters of it can be an object of many times that memory.
+
+    Args:
+        values: in lists and objects, counted by the commas; those in texts count as well.
+        lists: and objects, counted by their brackets.
+    """
+
+    values: int
+    lists: int
+
+    @classmethod
+    def beside(cls, values: int, lists: int = 0) -> JsonBounds:
+        """Bounds of a text with so many values and lists of content."""
+        return cls(values + _FEW, lists + _FEW)
+
+    def require(self, body: bytes) -> None:
+        """Nothing for a text within the bounds.
+
+        Raises:
+            RequestError: 413 for another one.
+        """
+        values, lists = body.count(b","), body.count(b"[") + body.count(b"{")
+        if values > self.values or lists > self.lists:
+            got = f"JSON of {values} values and {lists} lists and objects"
+            wanted = f"at most {self.values} and {self.lists}"
+            _refuse(413, "too_many_values", got, wanted, "send less at once, or tensors as bytes")
 
 
 async def read_body(request: Request, limits: ServeLimits, deadline_s: float) -> bytes:
@@ -75,29 +112,46 @@ async def read_body(request: Request, limits: ServeLimits, deadline_s: float) ->
         _refuse(408, "slow_body", got, wanted, "send less at once, or over a faster line", close=True)
 
 
-async def picture_request(request: Request, body: bytes, limits: ServeLimits) -> PictureRequest:
+def picture_request(headers: Headers, body: bytes, limits: ServeLimits, deadline_s: float) -> PictureRequest:
     """Pictures of a JSON or multipart body.
 
+    Args:
+        headers: of the request.
+        body: of the request.
+        limits: of a request.
+        deadline_s: on the clock of `time.monotonic`; a form that looks like boundaries all over takes very long.
+
     Raises:
+        DeadlineError: that passed.
         RequestError: 415 for another type, 422 for a body that is not as it says, 413 for too many pictures.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         return _from_json(body, limits)
     if kind != "multipart/form-data":
         wanted = "application/json or multipart/form-data"
         _refuse(415, "unsupported_media_type", f"Content-Type {kind[:80]!r}", wanted, "see the examples on /docs")
-    return await _from_form(request, body, limits)
+    return _finished(_from_form(headers, body, limits, deadline_s))
 
 
-def validated(model: type[_Model], body: bytes) -> _Model:
+def validated(model: type[_Model], body: bytes, bounds: JsonBounds) -> _Model:
     """The model of a JSON text.
 
+    Args:
+        model: to make.
+        body: UTF-8.
+        bounds: of the text. Pydantic's own reader would take 280 bytes for an empty list; this one takes 64.
+
     Raises:
-        RequestError: 422, with the place of the first mistake and never what was sent there.
+        RequestError: 413 beyond the bounds; 422, with the place of the first mistake and never what was sent there.
     """
+    bounds.require(body)
     try:
-        return model.model_validate_json(body)
+        plain = json.loads(body.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        _refuse(422, "invalid_request", f"Invalid JSON in the body: {error}", "JSON as on /docs", "correct it")
+    try:
+        return model.model_validate(plain)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"][:6]) or "the body"
@@ -135,28 +189,39 @@ def require_few(pictures: int, limits: ServeLimits) -> None:
 
 
 def _from_json(body: bytes, limits: ServeLimits) -> PictureRequest:
-    parsed = validated(InferRequest, body)
+    # Each has a comma behind it and one within.
+    parsed = validated(InferRequest, body, JsonBounds.beside(2 * limits.max_pictures))
     require_few(len(parsed.input), limits)
     pictures = [Picture(picture_from_data_url(url, f"input.{index}"), None) for index, url in enumerate(parsed.input)]
     return PictureRequest(pictures, parsed.evidence, parsed.stability)
 
 
-async def _from_form(request: Request, body: bytes, limits: ServeLimits) -> PictureRequest:
+def _finished(work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of a coroutine that never waits, as those of a form that is in memory; so no event loop is needed."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        result: _T = done.value
+        return result
+    raise AssertionError("a form in memory was waited for")
+
+
+async def _from_form(headers: Headers, body: bytes, limits: ServeLimits, deadline_s: float) -> PictureRequest:
     if not body.rstrip(b"\r\n").endswith(b"--"):
         _refuse(422, "invalid_form", "a form that is cut off", "the whole form", "send it again")
-    parser = _InMemory(request.headers, _in_one_piece(body), max_fields=len(_OPTIONS))
+    parser = _InMemory(headers, _in_pieces(body, deadline_s), limits)
     try:
         form = await parser.parse()
     except (MultiPartException, UnicodeError) as error:
         wanted = "files and the fields evidence and stability"
         _refuse(422, "invalid_form", f"a form that is damaged ({str(error)[:200]})", wanted, "send it again")
     try:
-        return await _pictures_of(form, limits)
+        return await _pictures_of(form)
     finally:
         await form.close()
 
 
-async def _pictures_of(form: FormData, limits: ServeLimits) -> PictureRequest:
+async def _pictures_of(form: FormData) -> PictureRequest:
     options = dict.fromkeys(_OPTIONS, False)
     pictures: list[Picture] = []
     for name, value in form.multi_items():
@@ -164,20 +229,34 @@ async def _pictures_of(form: FormData, limits: ServeLimits) -> PictureRequest:
             pictures.append(Picture(await value.read(), value.filename or None))
         else:
             options[_option_name(name)] = _switch(name, value)
-    require_few(len(pictures), limits)
     if not pictures:
         _refuse(422, "invalid_form", "no file", "one picture or more", "send it as a file: curl -F file=@a.jpg")
     return PictureRequest(pictures, **options)
 
 
 class _InMemory(MultiPartParser):
-    """A parser that writes nothing to disk: the body is in memory already, and no larger than its limit."""
+    """A parser that writes nothing to disk, as the body is in memory already, and ends at the first file too many."""
 
     spool_max_size = sys.maxsize
 
+    def __init__(self, headers: Headers, stream: AsyncGenerator[bytes, None], limits: ServeLimits) -> None:
+        super().__init__(headers, stream, max_files=math.inf, max_fields=len(_OPTIONS))
+        self._limits = limits
+        self._files = 0
 
-async def _in_one_piece(body: bytes) -> AsyncGenerator[bytes, None]:
-    yield body
+    def on_part_end(self) -> None:
+        """Takes down a part that is complete."""
+        super().on_part_end()
+        self._files += isinstance(self.items[-1][1], UploadFile)
+        require_few(self._files, self._limits)
+
+
+async def _in_pieces(body: bytes, deadline_s: float) -> AsyncGenerator[bytes, None]:
+    """A body piece by piece, with a look at the clock before each."""
+    for place in range(0, len(body), _PIECE_BYTES):
+        if time.monotonic() > deadline_s:
+            raise deadline_error()
+        yield body[place : place + _PIECE_BYTES]
 
 
 def _option_name(name: str) -> str:
@@ -217,6 +296,10 @@ async def _linger(stream: AsyncGenerator[bytes, None], most_bytes: int) -> None:
         await asyncio.wait_for(forget(), _LINGER_S)
     except (asyncio.TimeoutError, ClientDisconnect):
         return
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _refuse_size(got: str, limits: ServeLimits) -> NoReturn:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hmac
+import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.serve.request_errors import RequestError, request_error_from
@@ -25,6 +27,15 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+# Nothing from elsewhere, nothing inline. Pictures are shown from memory (blob:).
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# Swagger UI writes style attributes.
+_DOCS_POLICY = _PAGE_POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
+# What is no page needs nothing, should a browser take it for one.
+_DATA_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 class Gate:
@@ -38,7 +49,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
+        answer = _Answer(send, security_headers(scope["path"]))
+        # Starlette answers a wrong one in words of its own; whoever serves files may ignore them all (RFC 9110, 14.2).
+        scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"range"]
         started = time.perf_counter()
         # Time that the sender takes is bounded too, so the clock starts before the body.
         scope["deadline_s"] = time.monotonic() + self._state.settings.limits.timeout_s
@@ -98,26 +111,37 @@ class Gate:
 class _Answer:
     """`send` that adds our headers and remembers the status; 0 until there is one."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, added: Mapping[str, str]) -> None:
         self.status = 0
         self._send = send
+        self._added = added
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
-            for name, value in _HEADERS.items():
-                headers[name] = value
-            headers.setdefault("Cache-Control", "no-store")
+            headers.update(self._added)
         await self._send(message)
 
 
-def problem(path: str, error: RequestError) -> JSONResponse:
+def security_headers(path: str) -> dict[str, str]:
+    """What every answer carries, so that a browser trusts it with nothing and keeps nothing of it."""
+    policy = _DATA_POLICY
+    if path == "/" or path.startswith("/page/"):
+        policy = _PAGE_POLICY
+    elif path == "/docs" or path.startswith("/docs/"):
+        policy = _DOCS_POLICY
+    return {**_HEADERS, "Cache-Control": "no-store", "Content-Security-Policy": policy}
+
+
+def problem(path: str, error: RequestError) -> Response:
     """Response that tells a client of an error; under /v2 in the words of that protocol, where `error` is a text."""
     body: dict[str, Any] = error.body()
     if path.startswith("/v2"):
         body = {"error": str(error), "code": error.code}
-    return JSONResponse(body, status_code=error.status, headers=error.headers())
+    # A name that was sent in JSON may hold half of a surrogate pair, which UTF-8 does not have.
+    content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode(errors="replace")
+    return Response(content, error.status, error.headers(), media_type="application/json")
 
 
 def _route_label(scope: Scope) -> str:

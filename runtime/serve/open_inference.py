@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import FailFast, Field, field_validator
 
-from runtime.serve.bodies import validated
+from runtime.serve.bodies import JsonBounds, validated
 from runtime.serve.request_errors import RequestError
 from runtime.serve.schemas import StrictModel
 
@@ -47,6 +47,13 @@ class TensorSpec:
     def to_json(self) -> dict[str, Any]:
         """As it stands in the metadata of a model."""
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
+
+    def json_bounds(self, rows: int) -> JsonBounds:
+        """What the JSON of a request may hold that has so many rows of this tensor, as lists of lists or as one."""
+        # A data URL, the only text that is sent, has a comma.
+        values = math.prod(self.shape[1:]) * (2 if self.datatype == "BYTES" else 1)
+        lists = sum(math.prod(self.shape[1:depth]) for depth in range(1, len(self.shape)))
+        return JsonBounds.beside(rows * values, rows * lists)
 
 
 class InputTensor(StrictModel):
@@ -128,22 +135,23 @@ class ParsedRequest:
         return spec, bool(wish.parameters.get("binary_data", as_bytes))
 
 
-def parse_request(body: bytes, header_length: str | None) -> ParsedRequest:
+def parse_request(body: bytes, header_length: str | None, bounds: JsonBounds) -> ParsedRequest:
     """A request taken apart.
 
     Args:
         body: the JSON and, behind it, the tensors that are sent as bytes.
         header_length: of the JSON in bytes, as the header says it; None where the body is JSON alone.
+        bounds: of the JSON.
 
     Raises:
-        RequestError: 422 for lengths that do not add up, or another JSON.
+        RequestError: 413 for a JSON beyond the bounds, 422 for lengths that do not add up, or another JSON.
     """
     length = len(body)
     if header_length is not None:
         if not _LENGTH.fullmatch(header_length) or int(header_length) > len(body):
             _refuse(f"Inference-Header-Content-Length {header_length[:20]!r}", "the length of the JSON in the body")
         length = int(header_length)
-    request = validated(TensorRequest, body[:length])
+    request = validated(TensorRequest, body[:length], bounds)
     raw: dict[str, bytes] = {}
     for tensor in request.inputs:
         size = tensor.parameters.get("binary_data_size")
@@ -192,14 +200,17 @@ def elements_of(tensor: InputTensor, raw: Mapping[str, bytes]) -> list[bytes | s
 
 
 def response_of(
-    model: str, request: TensorRequest, outputs: Sequence[tuple[TensorSpec, bool, Values]]
+    model: str, request_id: str | None, outputs: Sequence[tuple[TensorSpec, bool, Values]]
 ) -> tuple[bytes, int | None]:
     """Body of a response, and the length of its JSON where bytes come behind it.
 
     Args:
         model: its name.
-        request: that is answered.
+        request_id: of the request that is answered, if it has one.
         outputs: each with whether it goes as bytes, and its values.
+
+    Raises:
+        RequestError: 500 for values that are not finite and go as JSON.
     """
     described, pieces = [], []
     for spec, as_bytes, values in outputs:
@@ -212,8 +223,8 @@ def response_of(
             entry["data"] = _plain(values, spec.name)
         described.append(entry)
     answer: dict[str, Any] = {"model_name": model, "model_version": VERSION, "outputs": described}
-    if request.id is not None:
-        answer["id"] = request.id
+    if request_id is not None:
+        answer["id"] = request_id
     head = json.dumps(answer, allow_nan=False).encode()
     return b"".join([head, *pieces]), len(head) if pieces else None
 
@@ -260,10 +271,18 @@ def _plain(values: Values, name: str) -> list[Any]:
     if isinstance(values, list):
         return [element.decode() for element in values]
     if not np.isfinite(values).all():
-        _refuse("values that are not finite", "numbers that JSON can hold", f"output {name}", remedy="ask for bytes")
+        raise RequestError(
+            f"output {name}",
+            got="values that are not finite",
+            wanted="numbers that JSON can hold",
+            remedy="ask for bytes, and choose another precision",
+            status=500,
+            code="score_not_finite",
+        )
     # A flat list, as the protocol prefers it; Triton sends no other.
     return list(values.astype(np.float64).ravel().tolist())
 
 
-def _refuse(got: str, wanted: str, subject: str = "request", *, remedy: str = "see the model's metadata") -> NoReturn:
+def _refuse(got: str, wanted: str, subject: str = "request") -> NoReturn:
+    remedy = "see the model's metadata"
     raise RequestError(subject, got=got, wanted=wanted, remedy=remedy, status=422, code="invalid_request")

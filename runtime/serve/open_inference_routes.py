@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
 
 import runtime
 from runtime.backends.base import Outputs
@@ -15,7 +18,6 @@ from runtime.serve.bodies import Picture, PictureRequest, picture_from_data_url,
 from runtime.serve.open_inference import (
     HEADER_LENGTH,
     VERSION,
-    ParsedRequest,
     TensorSpec,
     Values,
     elements_of,
@@ -25,7 +27,8 @@ from runtime.serve.open_inference import (
 )
 from runtime.serve.request_errors import RequestError
 from runtime.serve.schemas import PictureResult
-from runtime.serve.scoring import remaining_s, results, together, while_connected
+from runtime.serve.scoring import STATUSES, remaining_s, results, together, while_connected
+from runtime.serve.settings import ServeLimits
 from runtime.serve.state import ServerState
 
 _PICTURES = TensorSpec("pictures", "BYTES", (-1,))
@@ -43,6 +46,15 @@ class _Model:
     name: str
     takes: TensorSpec
     gives: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a request comes down to: pixels or pictures, and each output with whether it goes as bytes."""
+
+    request_id: str | None
+    content: NDArray[np.uint8] | list[Picture]
+    outputs: list[tuple[TensorSpec, bool]]
 
 
 def open_inference_router(state: ServerState) -> APIRouter:
@@ -90,16 +102,16 @@ def open_inference_router(state: ServerState) -> APIRouter:
     @router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
     async def infer(request: Request) -> Response:
         """Outputs for one batch."""
-        model = _model(request, state)
-        body = await read_body(request, state.settings.limits, request.scope["deadline_s"])
-        parsed = parse_request(body, request.headers.get(HEADER_LENGTH))
-        wishes = parsed.wishes(model.gives)
-        tensor = parsed.only_input(model.takes)
-        require_few(tensor.shape[0], state.settings.limits)
-        of_files = model.takes is _PICTURES
-        values = await (_verdicts if of_files else _graph_outputs)(request, parsed, model, state)
-        outputs = [(spec, as_bytes, values[spec.name]) for spec, as_bytes in wishes]
-        return _response(*response_of(model.name, parsed.request, outputs))
+        model, limits = _model(request, state), state.settings.limits
+        body = await read_body(request, limits, request.scope["deadline_s"])
+        take_apart = partial(_taken_apart, body, request.headers.get(HEADER_LENGTH), model, limits)
+        wanted = await state.workers.run(take_apart, timeout_s=remaining_s(request), size_bytes=len(body))
+        if isinstance(wanted.content, list):
+            values = await _verdicts(request, wanted.content, state)
+        else:
+            values = await _graph_outputs(request, wanted.content, state)
+        outputs = [(spec, as_bytes, values[spec.name]) for spec, as_bytes in wanted.outputs]
+        return _response(*response_of(model.name, wanted.request_id, outputs))
 
     return router
 
@@ -107,7 +119,7 @@ def open_inference_router(state: ServerState) -> APIRouter:
 def _model(request: Request, state: ServerState) -> _Model:
     name, version = request.path_params["name"], request.path_params.get("version", VERSION)
     manifest = state.service.manifest
-    models = {model.name: model for model in (_graph(manifest), _of_files(manifest))}
+    models = {model.name: model for model in (_graph(manifest), _of_files(manifest, state.natural_traces))}
     if name not in models or version != VERSION:
         raise RequestError(
             "model",
@@ -132,15 +144,32 @@ def _graph(manifest: ModelManifest) -> _Model:
     return _Model(manifest.name, takes, tuple(TensorSpec(name, "FP32", shapes[name]) for name in OUTPUTS))
 
 
-def _of_files(manifest: ModelManifest) -> _Model:
-    return _Model(f"{manifest.name}_pictures", _PICTURES, _PICTURE_OUTPUTS)
+def _of_files(manifest: ModelManifest, natural_traces: bool) -> _Model:
+    # A tensor has no place for "there is none" either.
+    gives = _PICTURE_OUTPUTS if natural_traces else _PICTURE_OUTPUTS[:-1]
+    return _Model(f"{manifest.name}_pictures", _PICTURES, gives)
 
 
-async def _graph_outputs(
-    request: Request, parsed: ParsedRequest, model: _Model, state: ServerState
-) -> dict[str, Values]:
-    """Raw outputs of the graph for the pixels of a request."""
-    images = pixels_of(parsed.only_input(model.takes), parsed.raw)
+def _taken_apart(body: bytes, header_length: str | None, model: _Model, limits: ServeLimits) -> _Wanted:
+    """What a body asks of a model; nothing of the body itself is kept but pixels and pictures."""
+    parsed = parse_request(body, header_length, model.takes.json_bounds(limits.max_pictures))
+    outputs = parsed.wishes(model.gives)
+    tensor = parsed.only_input(model.takes)
+    require_few(tensor.shape[0], limits)
+    content: NDArray[np.uint8] | list[Picture]
+    if model.takes is _PICTURES:
+        content = [_picture(element, index) for index, element in enumerate(elements_of(tensor, parsed.raw))]
+    else:
+        content = pixels_of(tensor, parsed.raw)
+    return _Wanted(parsed.request.id, content, outputs)
+
+
+def _picture(element: bytes | str, index: int) -> Picture:
+    return Picture(element if isinstance(element, bytes) else picture_from_data_url(element, f"pictures.{index}"), None)
+
+
+async def _graph_outputs(request: Request, images: NDArray[np.uint8], state: ServerState) -> dict[str, Values]:
+    """Raw outputs of the graph for pixels."""
     service, timeout_s = state.service, remaining_s(request)
     with state.admission.admitted(len(images)):
         waiting = [asyncio.wrap_future(future) for future in service.submit_crops(images, timeout_s=timeout_s)]
@@ -148,20 +177,20 @@ async def _graph_outputs(
     return {name: np.concatenate([getattr(row, name) for row in rows]) for name in OUTPUTS}
 
 
-async def _verdicts(request: Request, parsed: ParsedRequest, model: _Model, state: ServerState) -> dict[str, Values]:
-    """Verdicts on the files of a request; a tensor has no place for an error, so all of them must be readable."""
-    pictures = [
-        Picture(element if isinstance(element, bytes) else picture_from_data_url(element, f"pictures.{index}"), None)
-        for index, element in enumerate(elements_of(parsed.only_input(model.takes), parsed.raw))
-    ]
+async def _verdicts(request: Request, pictures: list[Picture], state: ServerState) -> dict[str, Values]:
+    """Verdicts on pictures; a tensor has no place for an error, so all of them must be readable."""
     found = await results(request, PictureRequest(pictures, evidence=False, stability=False), state)
     for result in found:
         _require_scored(result)
     return {
         "verdict": [str(result.verdict).encode() for result in found],
-        "fake_probability": np.array([result.fake_probability for result in found], np.float32),
-        "trace_similarity": np.array([result.trace_similarity for result in found], np.float32),
+        "fake_probability": _column([result.fake_probability for result in found]),
+        "trace_similarity": _column([result.trace_similarity for result in found]),
     }
+
+
+def _column(values: Sequence[float | None]) -> NDArray[np.float32]:
+    return np.array(values, np.float32)
 
 
 def _require_scored(result: PictureResult) -> None:
@@ -171,7 +200,7 @@ def _require_scored(result: PictureResult) -> None:
             got=result.error.message,
             wanted="a picture that can be read",
             remedy="leave it out",
-            status=422,
+            status=max(422, STATUSES[result.error.code]),  # 422 unless it is the server's fault
             code=result.error.code,
         )
 

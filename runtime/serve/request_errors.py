@@ -77,6 +77,16 @@ def request_error_from(error: Exception) -> RequestError:
         return not_ready("shutting down")
     if isinstance(error, PictureError):
         return _retold(error, 422, "unreadable_picture")
+    if isinstance(error, MemoryError):
+        return RequestError(
+            "server",
+            got="no memory left",
+            wanted="a request that fits",
+            remedy=TOO_BUSY_REMEDY,
+            status=503,
+            code="out_of_memory",
+            retry_after_s=1,
+        )
     # A back-end's own words may name paths; they stand in the log.
     return RequestError(
         "server",

@@ -36,7 +36,9 @@ class InferRequest(StrictModel):
 class PictureProblem(BaseModel):
     """Why there is no verdict on a picture."""
 
-    code: str = Field(description="too_many_pixels, unknown_format or unreadable_picture")
+    code: str = Field(
+        description="too_many_pixels, unknown_format, unreadable_picture, score_not_finite or out_of_memory"
+    )
     message: str
 
 
@@ -59,7 +61,9 @@ class PictureResult(BaseModel):
     status: Literal["SUCCESS", "ERROR"]
     verdict: Literal["real", "uncertain", "fake"] | None
     fake_probability: float | None = Field(description="calibrated probability of being generated, 0 to 1")
-    trace_similarity: float | None = Field(description="cosine with the mean natural trace, -1 to 1")
+    trace_similarity: float | None = Field(
+        description="cosine with the mean natural trace, -1 to 1; null for a model without natural traces"
+    )
     evidence: list[list[float]] | None = Field(description="rows of calibrated logits, above 0 is fake; on request")
     stability: StabilityResult | None = Field(description="on request")
     error: PictureProblem | None
@@ -89,6 +93,7 @@ class ModelInformation(ModelSummary):
     input_width: int = Field(description="columns of the centre crop that is looked at")
     real_below: float = Field(description="fake probability up to which a picture is called real")
     fake_above: float = Field(description="fake probability above which a picture is called fake")
+    natural_traces: bool = Field(description="whether there is a trace similarity")
     limits: dict[str, Any] = Field(description="what one request may hold")
 
 

@@ -5,27 +5,47 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Coroutine, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from runtime.changes import CHANGES
 from runtime.decode import check_header
 from runtime.detector import Detection
-from runtime.errors import DeadlineError, PictureError, PictureFormatError, PictureTooLargeError
+from runtime.errors import (
+    BackendError,
+    NTFError,
+    PictureError,
+    PictureFormatError,
+    PictureMemoryError,
+    PictureTooLargeError,
+)
 from runtime.serve.bodies import Picture, PictureRequest
 from runtime.serve.request_errors import RequestError
 from runtime.serve.schemas import PictureProblem, PictureResult, StabilityResult
 from runtime.serve.state import ServerState
+from runtime.serve.workers import deadline_error
 
 _T = TypeVar("_T")
 
-_CODES: dict[type[PictureError], str] = {
-    PictureTooLargeError: "too_many_pixels",
-    PictureFormatError: "unknown_format",
-    PictureError: "unreadable_picture",
+
+class PictureFault(NamedTuple):
+    """Why a picture has no verdict, for programs, and the status of a request that has nothing else to tell."""
+
+    code: str
+    status: int
+
+
+FAULTS: dict[type[NTFError], PictureFault] = {
+    PictureTooLargeError: PictureFault("too_many_pixels", 413),
+    PictureFormatError: PictureFault("unknown_format", 415),
+    PictureError: PictureFault("unreadable_picture", 422),
+    # These are faults of the server.
+    BackendError: PictureFault("score_not_finite", 500),
+    PictureMemoryError: PictureFault("out_of_memory", 503),
 }
-_STATUSES = {"too_many_pixels": 413, "unknown_format": 415, "unreadable_picture": 422}
+STATUSES = {fault.code: fault.status for fault in FAULTS.values()}
 
 
 async def results(request: Request, wanted: PictureRequest, state: ServerState) -> list[PictureResult]:
@@ -37,20 +57,23 @@ async def results(request: Request, wanted: PictureRequest, state: ServerState) 
         ClientDisconnect: the client went away; its pictures have left the queue.
     """
     pictures, limits = wanted.pictures, state.settings.limits
-    # Reading a header takes a fraction of a millisecond for most formats, but a hostile file chooses how long.
-    problems = await asyncio.to_thread(_header_problems, pictures, limits.max_pixels)
+    # Reading a header takes a fraction of a millisecond for most files, and a tenth of a second for a hostile one.
+    problems = await state.workers.run(
+        partial(_header_problems, pictures, limits.max_pixels), timeout_s=remaining_s(request)
+    )
     readable = [picture for picture, problem in zip(pictures, problems, strict=True) if problem is None]
     detections = iter(await _detections(request, readable, wanted.stability, state) if readable else ())
+    result = partial(_result, evidence=wanted.evidence, natural_traces=state.natural_traces)
     found = [
-        _failed(index, picture, problem) if problem else _result(index, picture, next(detections), wanted.evidence)
+        _failed(index, picture, problem) if problem else result(index, picture, next(detections))
         for index, (picture, problem) in enumerate(zip(pictures, problems, strict=True))
     ]
-    for result in found:
-        if result.error is not None:
-            state.metrics.errors.labels(result.error.code).inc()
+    for one in found:
+        if one.error is not None:
+            state.metrics.errors.labels(one.error.code).inc()
         else:
-            state.metrics.verdicts.labels(result.verdict).inc()
-    if all(result.error is not None for result in found):
+            state.metrics.verdicts.labels(one.verdict).inc()
+    if all(one.error is not None for one in found):
         raise _nothing_scored(found)
     return found
 
@@ -63,9 +86,7 @@ def remaining_s(request: Request) -> float:
     """
     seconds = float(request.scope["deadline_s"] - time.monotonic())
     if seconds <= 0:
-        raise DeadlineError(
-            "request", got="no time left", wanted="an answer by then", remedy="send fewer pictures at once"
-        )
+        raise deadline_error()
     return seconds
 
 
@@ -116,8 +137,13 @@ def _header_problem(picture: Picture, max_pixels: int) -> PictureProblem | None:
     try:
         check_header(picture.data, max_pixels=max_pixels)
     except PictureError as error:
-        return PictureProblem(code=_CODES[type(error)], message=str(error))
+        return _problem_of(error)
     return None
+
+
+def _problem_of(error: NTFError) -> PictureProblem:
+    fault = next(FAULTS[kind] for kind in type(error).__mro__ if kind in FAULTS)
+    return PictureProblem(code=fault.code, message=str(error))
 
 
 def _failed(index: int, picture: Picture, problem: PictureProblem) -> PictureResult:
@@ -136,9 +162,11 @@ def _failed(index: int, picture: Picture, problem: PictureProblem) -> PictureRes
     )
 
 
-def _result(index: int, picture: Picture, detection: Detection, evidence: bool) -> PictureResult:
-    if detection.error is not None:
-        return _failed(index, picture, PictureProblem(code="unreadable_picture", message=detection.error))
+def _result(
+    index: int, picture: Picture, detection: Detection, *, evidence: bool, natural_traces: bool
+) -> PictureResult:
+    if detection.cause is not None:
+        return _failed(index, picture, _problem_of(detection.cause))
     stability = detection.stability
     return PictureResult(
         index=index,
@@ -148,7 +176,7 @@ def _result(index: int, picture: Picture, detection: Detection, evidence: bool) 
         status="SUCCESS",
         verdict=detection.verdict,
         fake_probability=detection.fake_probability,
-        trace_similarity=detection.trace_similarity,
+        trace_similarity=detection.trace_similarity if natural_traces else None,
         evidence=detection.to_json()["evidence"] if evidence else None,
         stability=None if stability is None else StabilityResult.model_validate(stability.to_json()),
         error=None,
@@ -159,13 +187,16 @@ def _nothing_scored(found: Sequence[PictureResult]) -> RequestError:
     """The refusal of a request without one picture that can be scored; its status where all have the same fault."""
     problems = [(result.index, result.error) for result in found if result.error is not None]
     codes = {problem.code for _, problem in problems}
-    code = codes.pop() if len(codes) == 1 else "unreadable_picture"
+    # A fault of the server is told whatever else is wrong.
+    faulty = sorted(code for code in codes if STATUSES[code] >= 500)
+    code = faulty[0] if faulty else codes.pop() if len(codes) == 1 else "unreadable_picture"
     return RequestError(
         "request",
         got=problems[0][1].message if len(problems) == 1 else f"{len(problems)} pictures that cannot be scored",
         wanted="at least one that can",
         remedy="see what is wrong with each, under pictures",
-        status=_STATUSES[code],
+        status=STATUSES[code],
+        retry_after_s=1 if STATUSES[code] == 503 else None,
         code=code,
         pictures=[{"index": index, **problem.model_dump()} for index, problem in problems],
     )

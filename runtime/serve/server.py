@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from runtime.serve.gate import problem, security_headers
+from runtime.serve.request_errors import RequestError
 from runtime.serve.state import ServerState
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -29,11 +35,38 @@ class QuietServer(uvicorn.Server):
         yield
 
 
+def _protocol_of(state: ServerState) -> type[H11Protocol]:
+    """The protocol of a server's connections: uvicorn's, with an answer of ours to bytes that are no HTTP request."""
+
+    class JsonErrorProtocol(H11Protocol):
+        def send_400_response(self, msg: str) -> None:
+            told = RequestError(
+                "connection",
+                got="bytes that are no HTTP/1.1 request",
+                wanted="one",
+                remedy="use an HTTP client, and https:// only with a proxy in front",
+                status=400,
+                code="malformed_request",
+                close=True,
+            )
+            response = problem("", told)
+            response.headers.update(security_headers(""))
+            head = h11.Response(status_code=400, headers=response.raw_headers, reason=b"Bad Request")
+            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
+            state.metrics.errors.labels(told.code).inc()
+
+    return JsonErrorProtocol
+
+
 def uvicorn_server(app: FastAPI, *, access_log: bool = False) -> QuietServer:
     """A server of an application that is not running."""
     state: ServerState = app.state.server
     config = uvicorn.Config(
         app,
+        http=_protocol_of(state),
+        ws="none",
         lifespan="on",
         log_config=None,
         log_level="warning" if not access_log else "info",
@@ -47,6 +80,8 @@ def uvicorn_server(app: FastAPI, *, access_log: bool = False) -> QuietServer:
 async def run_server(app: FastAPI, listener: socket.socket, *, access_log: bool = False) -> None:
     """Serves until a signal to stop, and then until what is inside has ended; a second signal does not wait.
 
+    Opening a model cannot be interrupted, so a second signal meanwhile ends the process, with the status of the signal.
+
     Args:
         app: from `create_app`.
         listener: that clients connect to.
@@ -59,15 +94,26 @@ async def run_server(app: FastAPI, listener: socket.socket, *, access_log: bool 
     server = uvicorn_server(app, access_log=access_log)
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
 
-    def stop() -> None:
+    def stop(number: int) -> None:
+        if stopping.is_set() and state.opening:
+            _tell("ended while the model was being opened")
+            os._exit(128 + number)  # nothing was taken in yet, and threads of back-ends cannot be ended otherwise
         if stopping.is_set():
             server.force_exit = server.should_exit = True
+        elif state.opening:
+            _tell("stopping when the model is open; a second signal does not wait")
+        begin_to_stop()
+
+    def begin_to_stop() -> None:
         state.begin_to_stop()
         stopping.set()
 
     # Not loop.add_signal_handler, which Windows does not have.
-    before = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop)) for number in _STOP_SIGNALS}
-    state.failed.add_done_callback(lambda _: loop.call_soon_threadsafe(stop))
+    before = {
+        number: signal.signal(number, lambda found, _: loop.call_soon_threadsafe(stop, found))
+        for number in _STOP_SIGNALS
+    }
+    state.failed.add_done_callback(lambda _: loop.call_soon_threadsafe(begin_to_stop))
     ending = asyncio.ensure_future(_end(state, server, stopping))
     try:
         await server.serve(sockets=[listener])
@@ -77,6 +123,10 @@ async def run_server(app: FastAPI, listener: socket.socket, *, access_log: bool 
             signal.signal(number, handler)
     if state.failed.done():
         state.failed.result()
+
+
+def _tell(text: str) -> None:
+    print(f"ntf: {text}", file=sys.stderr, flush=True)
 
 
 async def _end(state: ServerState, server: uvicorn.Server, stopping: asyncio.Event) -> None:

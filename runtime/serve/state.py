@@ -18,6 +18,7 @@ from runtime.serve.admission import LatencyAdmission
 from runtime.serve.metrics import ServerMetrics
 from runtime.serve.request_errors import TOO_BUSY_REMEDY, RequestError, not_ready
 from runtime.serve.settings import ServeSettings
+from runtime.serve.workers import Workers
 from runtime.service import DetectorService
 
 ServiceLoader = Callable[[BatchObserver], DetectorService]
@@ -43,6 +44,7 @@ class ServerState:
         self.phase: Literal["starting up", "ready", "shutting down"] = "starting up"
         self.requests_inside = 0
         self.failed: Future[None] = Future()
+        self.workers = Workers()
         self._load = load
         self._service: DetectorService | None = None
         self._starting: asyncio.Future[None] | None = None
@@ -58,6 +60,20 @@ class ServerState:
         if self._service is None:
             raise not_ready(self.phase)
         return self._service
+
+    @property
+    def opening(self) -> bool:
+        """Whether the model is being opened and warmed, which nothing can interrupt."""
+        return self._starting is not None and not self._starting.done()
+
+    @property
+    def natural_traces(self) -> bool:
+        """Whether the model has a mean natural trace; one that was trained without has zeros in its place.
+
+        Raises:
+            RequestError: 503 before it is opened.
+        """
+        return any(self.service.manifest.mean_trace)
 
     def require_ready(self) -> None:
         """Nothing while the server takes work.
@@ -97,6 +113,7 @@ class ServerState:
             await self._starting
         if self._service is not None:
             await asyncio.to_thread(self._service.close)
+        self.workers.close()
 
     def enter(self) -> None:
         """Counts a request for work in.

@@ -15,28 +15,49 @@ function cropOf(width, height, input) {
   return { left: offset(width, input.width), top: offset(height, input.height), ...input };
 }
 
-function drawWhole(canvas, picture, crop, evidence, colours) {
-  const longest = Math.max(picture.width, picture.height);
+/** The size at which a whole picture is drawn, and its scale. */
+function shownSize(width, height) {
+  const longest = Math.max(width, height);
   const scale = longest < SMALL_SIDE ? Math.floor(SMALL_SIDE / longest) : Math.min(1, LONGEST_SIDE / longest);
-  canvas.width = Math.max(1, Math.round(picture.width * scale));
-  canvas.height = Math.max(1, Math.round(picture.height * scale));
+  return { scale, width: Math.max(1, Math.round(width * scale)), height: Math.max(1, Math.round(height * scale)) };
+}
+
+function drawWhole(canvas, { whole, crop, scale }, evidence, colours) {
+  canvas.width = whole.width;
+  canvas.height = whole.height;
   const pen = canvas.getContext("2d");
-  pen.imageSmoothingEnabled = scale < 1;
-  pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  pen.drawImage(whole, 0, 0);
   const box = [crop.left * scale, crop.top * scale, crop.width * scale, crop.height * scale];
   if (evidence !== null) drawCells(pen, ...box, evidence, colours);
   pen.lineWidth = Math.max(2, canvas.width / 200);
   pen.strokeStyle = colours.frame;
-  pen.strokeRect(...box);
+  const [left, top] = [Math.max(0, box[0]), Math.max(0, box[1])];
+  pen.strokeRect(left, top, Math.min(whole.width - left, box[2]), Math.min(whole.height - top, box[3]));
 }
 
-function drawCrop(canvas, picture, crop, evidence, colours) {
+/** Where a picture lies along one side of its crop, mirrored outwards as often as it takes, its border included. */
+function placesOf(offset, size, wanted) {
+  const places = [];
+  for (let turn = -Math.ceil(offset / size); offset + turn * size < wanted; turn++) {
+    places.push({ start: offset + turn * size, mirrored: turn % 2 !== 0 });
+  }
+  return places;
+}
+
+function drawCrop(canvas, { part, crop }, evidence, colours) {
   const scale = Math.max(1, Math.floor(CROP_SIDE / crop.width));
   canvas.width = crop.width * scale;
   canvas.height = crop.height * scale;
   const pen = canvas.getContext("2d");
   pen.imageSmoothingEnabled = false;
-  pen.drawImage(picture, -crop.left * scale, -crop.top * scale, picture.width * scale, picture.height * scale);
+  for (const row of placesOf(Math.max(0, -crop.top), part.height, crop.height)) {
+    for (const column of placesOf(Math.max(0, -crop.left), part.width, crop.width)) {
+      const [left, top] = [column.start + column.mirrored * part.width, row.start + row.mirrored * part.height];
+      pen.setTransform(column.mirrored ? -scale : scale, 0, 0, row.mirrored ? -scale : scale, left * scale, top * scale);
+      pen.drawImage(part, 0, 0);
+    }
+  }
+  pen.resetTransform();
   if (evidence !== null) drawCells(pen, 0, 0, canvas.width, canvas.height, evidence, colours);
 }
 

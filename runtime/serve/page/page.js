@@ -3,9 +3,11 @@
 
 const ATTEMPTS = 8; // of a picture that the server has no room for
 const VERDICTS = { real: "Looks natural", uncertain: "Uncertain", fake: "Looks generated" };
+const CALLED = { real: "natural", uncertain: "uncertain", fake: "generated" };
 
 const element = (id) => document.getElementById(id);
 const waiting = [];
+const thumbnails = []; // bitmaps of the pictures that are shown
 let model = null;
 let token = "";
 let sending = false;
@@ -77,8 +79,22 @@ function addFiles(files) {
 async function sendWaiting() {
   if (sending || model === null) return;
   sending = true;
-  while (waiting.length && model !== null) await sendOne(waiting[0]) && waiting.shift();
-  sending = false;
+  try {
+    while (waiting.length && model !== null) if (await isDone(waiting[0])) waiting.shift();
+  } finally {
+    sending = false;
+  }
+}
+
+/** Whether the picture is done with, for better or worse: an answer that is not understood costs that picture alone. */
+async function isDone(picture) {
+  try {
+    return await sendOne(picture);
+  } catch (error) {
+    console.error(error);
+    fail(picture.card, "The answer of the server is not understood. Is there something between this page and it?");
+    return true;
+  }
 }
 
 /** Whether the picture is done with: not where a token is missing. */
@@ -122,6 +138,8 @@ const REASONS = {
   too_many_requests: () => "The server is busy. Try again in a while.",
   not_ready: () => "The server is starting or stopping. Try again in a while.",
   deadline_exceeded: () => "The server did not get to it in time. Try again in a while.",
+  out_of_memory: () => "The server has no memory left for this picture. Try again in a while.",
+  score_not_finite: () => "The model gives no number for this picture. Whoever runs the server should hear of it.",
 };
 
 function showFailure(card, status, body) {
@@ -129,7 +147,13 @@ function showFailure(card, status, body) {
   const reason = error && REASONS[error.code];
   let text = "The server does not answer. Is it still running?";
   if (status !== 0) text = reason ? reason() : error ? error.message : `The server answered with status ${status}.`;
+  fail(card, text);
+}
+
+function fail(card, text) {
   card.classList.add("failed");
+  card.querySelector(".found").hidden = true;
+  card.querySelector(".state").hidden = false;
   card.querySelector(".state").textContent = text;
   announce(`${card.querySelector(".name").textContent}: ${text}`);
 }
@@ -140,8 +164,14 @@ async function showResult(card, file, result) {
   find(".verdict").textContent = VERDICTS[result.verdict];
   find(".probability").textContent = percent(result.fake_probability);
   find(".fill").style.width = `${100 * result.fake_probability}%`;
-  find(".similarity").textContent = signed(result.trace_similarity);
-  find(".mark").style.left = `${50 * (1 + result.trace_similarity)}%`;
+  find(".lower").style.left = `${100 * model.real_below}%`;
+  find(".upper").style.left = `${100 * model.fake_above}%`;
+  if (result.trace_similarity === null) {
+    for (const part of card.querySelectorAll(".traces")) part.hidden = true;
+  } else {
+    find(".similarity").textContent = signed(result.trace_similarity);
+    find(".mark").style.left = `${50 * (1 + result.trace_similarity)}%`;
+  }
   find(".thresholds").textContent =
     `This model calls a picture natural up to ${percent(model.real_below)} and generated above ${percent(model.fake_above)}.`;
   if (result.stability) showStability(find(".stability"), result.stability);
@@ -155,7 +185,7 @@ function showStability(box, stability) {
   const line = document.createElement("p");
   const spread = `fake probabilities lie within ${(100 * stability.spread).toFixed(1)} points`;
   line.textContent = stability.flips
-    ? `Not stable: the picture as it is would be called ${stability.verdict}, a changed copy is not; ${spread}.`
+    ? `Not stable: the picture as it is would be called ${CALLED[stability.verdict]}, a changed copy is not; ${spread}.`
     : `Stable: re-encoded and rescaled copies get the same verdict; ${spread}.`;
   const table = document.createElement("table");
   for (const [name, probability] of Object.entries(stability.fake_probabilities)) {
@@ -165,6 +195,9 @@ function showStability(box, stability) {
     head.textContent = name;
     row.append(head);
     row.insertCell().textContent = percent(probability);
+    const bar = element("bar").content.firstElementChild.cloneNode(true);
+    bar.querySelector(".fill").style.width = `${100 * probability}%`;
+    row.insertCell().append(bar);
   }
   box.replaceChildren(line, table);
   box.hidden = false;
@@ -172,34 +205,56 @@ function showStability(box, stability) {
 
 async function showViews(card, file, evidence) {
   const find = (name) => card.querySelector(name);
-  let picture;
-  try {
-    picture = await createImageBitmap(file, { imageOrientation: "from-image" });
-  } catch {
+  const shown = await thumbnailsOf(file);
+  if (shown === null) {
     find(".views").hidden = true;
     find(".no-view").hidden = false;
     return;
   }
+  thumbnails.push(shown.whole, shown.part);
   const style = getComputedStyle(document.documentElement);
   const colours = {
     real: style.getPropertyValue("--real-map"),
     fake: style.getPropertyValue("--fake-map"),
     frame: style.getPropertyValue("--accent"),
   };
-  const crop = cropOf(picture.width, picture.height, { width: model.input_width, height: model.input_height });
+  const { crop } = shown;
   const map = find(".map");
   const draw = () => {
-    const shown = map.checked ? evidence : null;
-    drawWhole(find(".whole"), picture, crop, shown, colours);
-    drawCrop(find(".crop"), picture, crop, shown, colours);
+    const cells = map.checked ? evidence : null;
+    drawWhole(find(".whole"), shown, cells, colours);
+    drawCrop(find(".crop"), shown, cells, colours);
   };
   find(".whole").setAttribute("role", "img");
-  find(".whole").setAttribute("aria-label", `${find(".name").textContent}, ${picture.width} by ${picture.height} pixels`);
+  find(".whole").setAttribute("aria-label", `${find(".name").textContent}, ${shown.width} by ${shown.height} pixels`);
   find(".crop").setAttribute("role", "img");
   find(".crop").setAttribute("aria-label", describeEvidence(evidence));
   find(".mirrored").hidden = crop.left >= 0 && crop.top >= 0;
   map.addEventListener("change", draw);
   draw();
+}
+
+/** What is kept of a picture to show it, or null where the browser cannot. */
+async function thumbnailsOf(file) {
+  let picture = null;
+  try {
+    picture = await createImageBitmap(file, { imageOrientation: "from-image" });
+    const { width, height } = picture;
+    const crop = cropOf(width, height, { width: model.input_width, height: model.input_height });
+    const size = shownSize(width, height);
+    const [whole, part] = await Promise.all([
+      createImageBitmap(picture, {
+        resizeWidth: size.width, resizeHeight: size.height, resizeQuality: size.scale < 1 ? "high" : "pixelated",
+      }),
+      createImageBitmap(picture, Math.max(0, crop.left), Math.max(0, crop.top),
+        Math.min(width, crop.width), Math.min(height, crop.height)),
+    ]);
+    return { width, height, crop, scale: size.scale, whole, part };
+  } catch {
+    return null;
+  } finally {
+    picture?.close(); // 12 megapixels are 48 MB
+  }
 }
 
 function listen() {
@@ -228,6 +283,7 @@ function listen() {
   element("clear").addEventListener("click", () => {
     waiting.length = sending ? Math.min(waiting.length, 1) : 0;
     element("results").replaceChildren();
+    for (const bitmap of thumbnails.splice(0)) bitmap.close();
     element("clear").hidden = true;
     element("files").focus();
   });
