@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from runtime.errors import PictureError, PictureFormatError, PictureTooLargeError
+from runtime.file_part import FilePart
 from runtime.jpeg_region import decode_jpeg_part, why_in_full
 from runtime.limits import MAX_PIXELS
 from runtime.pillow_guard import neutral_pillow
@@ -37,10 +38,11 @@ class SupportsDLPack(Protocol):
 
 
 PictureSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8] | SupportsDLPack"
+    "str | os.PathLike[str] | bytes | FilePart | BinaryIO | Image.Image | NDArray[np.uint8] | SupportsDLPack"
 )
 
-# Bound on what is read from a stream that may never end; 100 megapixels of 16-bit RGB are 600 MB.
+# Bound on what is read into memory as a whole: a stream, which may never end, or a part of a file. 100 megapixels of
+# 16-bit RGB are 600 MB.
 MAX_STREAM_BYTES = 1 << 30
 # A JPEG file is read as a whole to decode a part of it; 100 megapixels at the highest quality are about as much.
 _MAX_JPEG_BYTES = 1 << 28
@@ -75,9 +77,10 @@ def decode_picture(source: PictureSource, *, max_pixels: int = MAX_PIXELS) -> ND
     """RGB pixels (H, W, 3) uint8, C-contiguous, of one picture.
 
     Args:
-        source: a path, the bytes of a file, a binary file object (read from where it stands), a Pillow image
-            (the frame it is at), or a uint8 (H, W, 3) RGB array, which comes back uncopied when contiguous; an array
-            of another library that shows its memory with DLPack is one, where it is in the CPU's memory.
+        source: a path, the bytes of a file, a part of a file, a binary file object (read from where it stands), a
+            Pillow image (the frame it is at), or a uint8 (H, W, 3) RGB array, which comes back uncopied when
+            contiguous; an array of another library that shows its memory with DLPack is one, where it is in the
+            CPU's memory.
         max_pixels: largest height times width that is accepted, whatever the source.
 
     Raises:
@@ -207,6 +210,8 @@ def _opened(source: Any, name: str) -> BinaryIO:
         return _non_empty(bytes(source), name)
     if isinstance(source, (str, os.PathLike)):
         return _opened_file(Path(source), name)
+    if isinstance(source, FilePart):
+        return _non_empty(_content(source, name), name)
     if not callable(getattr(source, "read", None)):
         raise _refusal(
             name,
@@ -240,6 +245,17 @@ def _opened_file(path: Path, name: str) -> BinaryIO:
     except OSError as error:
         reason = error.strerror or str(error)
         raise _refusal(name, f"a file that cannot be read ({reason})", _WANTED, "check its permissions") from error
+
+
+def _content(part: FilePart, name: str) -> bytes:
+    if part.size_bytes > MAX_STREAM_BYTES:
+        remedy = "keep the picture as a file of its own"
+        raise _refusal(name, f"{part.size_bytes} bytes", f"at most {MAX_STREAM_BYTES} bytes", remedy)
+    try:
+        return part.read()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise _refusal(name, f"a part of a file that cannot be read ({reason})", _WANTED, "check the file") from error
 
 
 def _non_empty(data: bytes, name: str) -> BinaryIO:

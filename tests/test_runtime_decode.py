@@ -6,6 +6,7 @@ import struct
 import threading
 import warnings
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image, ImageFile
 
 from runtime.decode import check_header, decode_picture
 from runtime.errors import PictureError, PictureFormatError, PictureTooLargeError
+from runtime.file_part import FilePart
 from runtime.pillow_guard import neutral_pillow
 
 # A photograph-like ramp: smooth, so that JPEG keeps it within a few levels.
@@ -417,6 +419,27 @@ def test_endless_stream_is_not_read_to_its_end(monkeypatch):
     monkeypatch.setattr("runtime.decode.MAX_STREAM_BYTES", 1000)
     with open("/dev/zero", "rb") as stream, pytest.raises(PictureError, match="more than 1000 bytes"):
         decode_picture(stream)
+
+
+def test_part_of_a_file_is_the_picture_in_it(tmp_path):
+    data = _encoded(Image.fromarray(RAMP), "PNG")
+    path = tmp_path / "around"
+    path.write_bytes(b"before" + data + b"behind")
+    part = FilePart("ramp", str(path), 6, len(data))
+    np.testing.assert_array_equal(decode_picture(part), RAMP)
+    for wrong, message in (
+        (replace(part, size_bytes=len(data) + 7), "ramp: got a part of a file that cannot be read .*ends within it"),
+        (replace(part, path=str(tmp_path / "none")), r"ramp: got a part .*\(No such file or directory\)"),
+        (replace(part, size_bytes=0), "ramp: got no bytes at all"),
+    ):
+        with pytest.raises(PictureError, match=message):
+            decode_picture(wrong)
+
+
+def test_part_of_a_file_above_the_limit_is_refused_unread(monkeypatch):
+    monkeypatch.setattr("runtime.decode.MAX_STREAM_BYTES", 1000)
+    with pytest.raises(PictureError, match="ramp: got 1001 bytes, wanted at most 1000 bytes"):
+        decode_picture(FilePart("ramp", "not even opened", 0, 1001))
 
 
 # Settings of the program around us
