@@ -58,6 +58,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO", "PPM")
 # dlpack.h: kDLCPU, kDLCUDAHost, kDLROCMHost.
 _CPU_MEMORY = (1, 3, 11)
 _ORIENTATION_TAG = 0x0112
+# Of TIFF 6.0, section 15.
+_TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 322, 323
 _WANTED = "a picture file (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or PPM)"
 
 
@@ -121,6 +123,7 @@ def decode_part(
             return _decoded_part(source, part_of, name)
         with _opened(source, name) as stream, _identified(stream, name) as image:
             _require_size(name, *image.size, max_pixels)
+            _require_tile(name, image, max_pixels)
             return _jpeg_part(image, stream, part_of) or _decoded_part(image, part_of, name)
 
 
@@ -284,6 +287,21 @@ def _require_size(name: str, width: int, height: int, max_pixels: int) -> None:
             got=f"{width}x{height} pixels",
             wanted=f"at most {max_pixels} pixels in all",
             remedy="crop it, or raise max_pixels if memory allows",
+        )
+
+
+def _require_tile(name: str, image: Image.Image, max_pixels: int) -> None:
+    """Refuses a TIFF with too large a tile: libtiff fills the memory of a whole one, however small the picture is."""
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_LENGTH_TAG, 0)
+    if not all(isinstance(side, int) for side in tile):
+        raise _refusal(name, f"tiles of {tile} pixels", "two whole numbers", "replace the file with an intact one")
+    if tile[0] * tile[1] > max_pixels:
+        raise PictureTooLargeError(
+            name,
+            got=f"tiles of {tile[0]}x{tile[1]} pixels",
+            wanted=f"at most {max_pixels} pixels in a tile",
+            remedy="write it with smaller tiles",
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from runtime.decode import check_header, decode_picture
 from runtime.errors import PictureError, PictureFormatError, PictureTooLargeError
@@ -413,6 +413,33 @@ def test_pixel_limit_is_inclusive_and_holds_for_every_source(source):
     assert decode_picture(source, max_pixels=24 * 32).shape == RAMP.shape
     with pytest.raises(PictureError, match="32x24 pixels, wanted at most 767 pixels"):
         decode_picture(source, max_pixels=24 * 32 - 1)
+
+
+def _tiled_tiff(width, length, *, kind=4):
+    """A grey 64x64 TIFF, deflated, whose header says that it has tiles of this size; there is little behind it."""
+    tags = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
+            (322, kind, 1, width), (323, kind, 1, length), (324, 4, 1, 200), (325, 4, 1, 40)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    return header.ljust(200, b"\0") + zlib.compress(bytes(64 * 64)).ljust(100, b"\0")
+
+
+@pytest.mark.parametrize(("width", "length"), [(40_000, 40_000), (16, 100_000_000), (0x7FFFFFF0, 0x7FFFFFF0)])
+def test_tiff_whose_tile_is_larger_than_any_picture_is_refused_before_it_is_decoded(width, length, monkeypatch):
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "load", None)
+    with pytest.raises(PictureTooLargeError, match=f"tiles of {width}x{length} pixels, wanted at most 100000000"):
+        decode_picture(_tiled_tiff(width, length))
+
+
+def test_tiff_with_tiles_of_a_usual_size_is_read():
+    assert decode_picture(_tiled_tiff(64, 64)).shape == (64, 64, 3)
+    assert decode_picture(_tiled_tiff(64, 64), max_pixels=64 * 64).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("kind", [2, 5, 12])  # text, a fraction, a float
+def test_tiff_whose_tile_has_no_whole_sides_is_refused(kind):
+    with pytest.raises(PictureError, match=r"got tiles of .*, wanted two whole numbers"):
+        decode_picture(_tiled_tiff(200, 200, kind=kind))
 
 
 def test_endless_stream_is_not_read_to_its_end(monkeypatch):
