@@ -31,7 +31,7 @@ from runtime.limits import MAX_PIXELS
 from runtime.manifest import ModelManifest, manifest_from_json, manifest_to_json
 from runtime.onnx_guard import require_self_contained
 from runtime.preprocess import prepare
-from runtime.scoring.tar_shards import ShardReader, pictures_in_shard
+from runtime.scoring.tar_shards import member_part, pictures_in_shard
 from runtime.serve.request_errors import RequestError
 from runtime.strict_json import canonical_json
 from tests.bundle_fixtures import write_bundle
@@ -330,6 +330,5 @@ def _wrong_shard(seed: bytes, data: bytes, random: Random) -> bytes:
 def _read_shard(folder: Path, data: bytes) -> None:
     path = folder / "shard.tar"
     path.write_bytes(data)
-    with ShardReader() as reader:
-        for member in pictures_in_shard(str(path)):
-            assert len(reader.read(str(path), member)) == member.size_bytes
+    for member in pictures_in_shard(str(path)):
+        assert len(member_part(str(path), member).read()) == member.size_bytes

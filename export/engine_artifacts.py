@@ -110,6 +110,7 @@ def cache_key(
         "workspace_mib": settings.workspace_mib,
         "version_compatible": settings.version_compatible,
         "hardware_compatible": settings.hardware_compatible,
+        "tf32": settings.tf32,
         "builder": tensorrt.builder,
     }
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
@@ -149,6 +150,7 @@ def _engine_artifact(source: ArtifactSpec, engine: BuiltEngine, settings: Engine
             version_compatible=settings.version_compatible,
             hardware_compatible=settings.hardware_compatible,
             layers=count_layers(engine.layers),
+            tf32=settings.tf32,
         ),
     )
 

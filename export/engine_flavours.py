@@ -16,6 +16,7 @@ VERSION_COMPATIBLE = "--version-compatible"
 HARDWARE_COMPATIBLE = "--hardware-compatible"
 TIMING_CACHE = "--timing-cache"
 WORKSPACE = "--workspace-mib"
+TF32 = "--tf32"
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def flavours_markdown() -> str:
         "builds without a GPU": ["no" if f.kind == "trt" else "yes" for f in FLAVOURS],
         **{
             f"`{option}`": [has(f, option) for f in FLAVOURS]
-            for option in (WORKSPACE, TIMING_CACHE, VERSION_COMPATIBLE, HARDWARE_COMPATIBLE)
+            for option in (WORKSPACE, TIMING_CACHE, VERSION_COMPATIBLE, HARDWARE_COMPATIBLE, TF32)
         },
         "progress, and Ctrl-C in a build": ["yes" for _ in FLAVOURS],
         "tells what is wrong with an engine": ["yes" if f.validity_check else "no" for f in FLAVOURS],

@@ -38,6 +38,7 @@ class Options:
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    tf32: bool = False
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
@@ -76,6 +77,7 @@ def engine_settings(options: Options) -> EngineSettings:
         timing_cache=options.timing_cache,
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
+        tf32=options.tf32,
     )
 
 
@@ -148,3 +150,8 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--version-compatible", action="store_true", help="newer TensorRT runs the engine too")
     group.add_argument("--hardware-compatible", action="store_true", help="Ampere and every newer GPU run the engine")
+    group.add_argument(
+        "--tf32",
+        action="store_true",
+        help="faster FP32 on Ampere and newer GPUs: products keep 10 bits, so scores are not those that were compared",
+    )

@@ -116,10 +116,12 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from runtime.arguments import require_positive
     from runtime.bundle import newest_bundle
     from runtime.detector import Detector
     from runtime.picture_paths import expand_pictures
 
+    require_positive("batch_size", options.batch_size)
     pictures = expand_pictures(options.paths)
     model = Path(options.model) if options.model else newest_bundle(Path("models"))
     with Detector.load(
@@ -129,6 +131,7 @@ def _predict(options: argparse.Namespace) -> int:
         threads=options.threads,
         hint=options.hint,
         cuda_graphs=options.cuda_graphs,
+        max_batch=options.batch_size,
         check_golden=options.check_golden,
     ) as detector:
         detections = detector.stream(

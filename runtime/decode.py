@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from runtime.counted_streams import CountedBytes, CountedFile, CountedStream
 from runtime.errors import PictureError, PictureFormatError, PictureMemoryError, PictureTooLargeError
+from runtime.file_part import FilePart
 from runtime.jpeg_region import decode_jpeg_part, why_in_full
 from runtime.limits import MAX_PIXELS
 from runtime.pillow_guard import neutral_pillow
@@ -37,10 +38,11 @@ class SupportsDLPack(Protocol):
 
 
 PictureSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[np.uint8] | SupportsDLPack"
+    "str | os.PathLike[str] | bytes | FilePart | BinaryIO | Image.Image | NDArray[np.uint8] | SupportsDLPack"
 )
 
-# Bound on what is read from a stream that may never end; 100 megapixels of 16-bit RGB are 600 MB.
+# Bound on what is read into memory as a whole: a stream, which may never end, or a part of a file. 100 megapixels of
+# 16-bit RGB are 600 MB.
 MAX_STREAM_BYTES = 1 << 30
 # A JPEG file is read as a whole to decode a part of it; 100 megapixels at the highest quality are about as much.
 _MAX_JPEG_BYTES = 1 << 28
@@ -56,6 +58,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO", "PPM")
 # dlpack.h: kDLCPU, kDLCUDAHost, kDLROCMHost.
 _CPU_MEMORY = (1, 3, 11)
 _ORIENTATION_TAG = 0x0112
+# Of TIFF 6.0, section 15.
+_TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 322, 323
 _WANTED = "a picture file (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or PPM)"
 
 
@@ -75,9 +79,10 @@ def decode_picture(source: PictureSource, *, max_pixels: int = MAX_PIXELS) -> ND
     """RGB pixels (H, W, 3) uint8, C-contiguous, of one picture.
 
     Args:
-        source: a path, the bytes of a file, a binary file object (read from where it stands), a Pillow image
-            (the frame it is at), or a uint8 (H, W, 3) RGB array, which comes back uncopied when contiguous; an array
-            of another library that shows its memory with DLPack is one, where it is in the CPU's memory.
+        source: a path, the bytes of a file, a part of a file, a binary file object (read from where it stands), a
+            Pillow image (the frame it is at), or a uint8 (H, W, 3) RGB array, which comes back uncopied when
+            contiguous; an array of another library that shows its memory with DLPack is one, where it is in the
+            CPU's memory.
         max_pixels: largest height times width that is accepted, whatever the source.
 
     Raises:
@@ -118,6 +123,7 @@ def decode_part(
             return _decoded_part(source, part_of, name)
         with _opened(source, name) as stream, _identified(stream, name) as image:
             _require_size(name, *image.size, max_pixels)
+            _require_tile(name, image, max_pixels)
             return _jpeg_part(image, stream, part_of) or _decoded_part(image, part_of, name)
 
 
@@ -209,6 +215,8 @@ def _opened(source: Any, name: str) -> CountedStream:
         return _non_empty(bytes(source), name)
     if isinstance(source, (str, os.PathLike)):
         return _opened_file(Path(source), name)
+    if isinstance(source, FilePart):
+        return _non_empty(_content(source, name), name)
     if not callable(getattr(source, "read", None)):
         raise _refusal(
             name,
@@ -244,6 +252,17 @@ def _opened_file(path: Path, name: str) -> CountedStream:
         raise _refusal(name, f"a file that cannot be read ({reason})", _WANTED, "check its permissions") from error
 
 
+def _content(part: FilePart, name: str) -> bytes:
+    if part.size_bytes > MAX_STREAM_BYTES:
+        remedy = "keep the picture as a file of its own"
+        raise _refusal(name, f"{part.size_bytes} bytes", f"at most {MAX_STREAM_BYTES} bytes", remedy)
+    try:
+        return part.read()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise _refusal(name, f"a part of a file that cannot be read ({reason})", _WANTED, "check the file") from error
+
+
 def _non_empty(data: bytes, name: str) -> CountedStream:
     if not data:
         raise _refusal(name, "no bytes at all", _WANTED, "pass the whole content of the file")
@@ -272,6 +291,21 @@ def _require_size(name: str, width: int, height: int, max_pixels: int) -> None:
             got=f"{width}x{height} pixels",
             wanted=f"at most {max_pixels} pixels in all",
             remedy="crop it, or raise max_pixels if memory allows",
+        )
+
+
+def _require_tile(name: str, image: Image.Image, max_pixels: int) -> None:
+    """Refuses a TIFF with too large a tile: libtiff fills the memory of a whole one, however small the picture is."""
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_LENGTH_TAG, 0)
+    if not all(isinstance(side, int) for side in tile):
+        raise _refusal(name, f"tiles of {tile} pixels", "two whole numbers", "replace the file with an intact one")
+    if tile[0] * tile[1] > max_pixels:
+        raise PictureTooLargeError(
+            name,
+            got=f"tiles of {tile[0]}x{tile[1]} pixels",
+            wanted=f"at most {max_pixels} pixels in a tile",
+            remedy="write it with smaller tiles",
         )
 
 

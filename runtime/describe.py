@@ -73,7 +73,8 @@ def _engine_lines(engine: EngineSpec) -> Iterator[str]:
     yield (
         f"  built {'without a GPU' if engine.gpu is None else f'on {engine.gpu}'}, workspace {workspace},"
         f" {'' if engine.version_compatible else 'not '}version compatible,"
-        f" {'' if engine.hardware_compatible else 'not '}hardware compatible"
+        f" {'' if engine.hardware_compatible else 'not '}hardware compatible,"
+        f" FP32 products {'may be rounded to TF32' if engine.tf32 else 'in full'}"
     )
     yield f"  cache key {engine.cache_key}"
     counted = sorted(engine.layers.items(), key=lambda item: (-item[1], item[0]))

@@ -164,7 +164,8 @@ class Detector:
             threads: CPU threads of one inference; None leaves it to the back-end.
             hint: "latency" (the default) or "throughput": several inferences at once, for "trt" and "openvino".
             cuda_graphs: launch each batch size as a CUDA graph, for "trt".
-            max_batch: largest batch that will be asked for; what cannot take it is refused now, and not when it comes.
+            max_batch: largest batch that will be asked for: "auto" passes over what cannot take it, and what was named
+                is refused now, and not when the batch comes.
             check_golden: run the golden inputs of the bundle first, and refuse a back-end that gives other outputs.
 
         Raises:
@@ -179,7 +180,7 @@ class Detector:
         if max_batch is not None:
             require_positive("max_batch", max_batch)
         bundle = open_bundle(model)
-        choice = choose(bundle.manifest, backend=backend, precision=precision)
+        choice = choose(bundle.manifest, backend=backend, precision=precision, max_batch=max_batch)
         artifact = choice.artifact
         opened = open_backend(
             choice.backend, bundle.read(artifact), bundle.manifest, file=artifact.file, threads=threads, hint=hint,

@@ -144,6 +144,8 @@ class EngineSpec:
         version_compatible: whether newer versions of TensorRT run it.
         hardware_compatible: whether it runs on newer GPUs than the one it was built on.
         layers: how many layers there are of each kind and data types, for example {"correlation Half": 15}.
+        tf32: whether products of FP32 tensors may keep 10 bits on Ampere and newer GPUs, as TensorRT has it by itself;
+            true of engines from before this was recorded.
     """
 
     source: str
@@ -154,6 +156,7 @@ class EngineSpec:
     version_compatible: bool
     hardware_compatible: bool
     layers: dict[str, int]
+    tf32: bool = field(default=True, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         _check_sha256("engine.source_sha256", self.source_sha256)

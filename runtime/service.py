@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,44 +16,17 @@ from numpy.typing import NDArray
 from runtime.admission import Admission, closed_error
 from runtime.arguments import require_duration, require_positive
 from runtime.backends.base import Outputs
-from runtime.batching import Answered, BatchObserver, DynamicBatcher
+from runtime.batching import BatchObserver
 from runtime.changes import Looks
 from runtime.decode import PictureSource, describe_source
-from runtime.detector import (
-    MAX_DECODE_THREADS,
-    Detection,
-    Detector,
-    DetectorInfo,
-    PreparedPicture,
-    failed_detection,
-    looks_of,
-)
-from runtime.errors import ClosedError, PictureError, UsageError
+from runtime.detector import Detection, Detector, DetectorInfo, looks_of
+from runtime.errors import ClosedError
+from runtime.lane import Lane, WaitingCrop, WaitingPicture
 from runtime.limits import MAX_PIXELS
 from runtime.manifest import ModelManifest
 from runtime.pipeline import BATCHES_AHEAD
-from runtime.sources import is_array, is_file, require_many, source_name
+from runtime.sources import require_many, source_name
 from runtime.views import Views
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """A picture as it was handed in, with its name for people and how it is looked at."""
-
-    name: str
-    source: PictureSource
-    looks: Looks
-
-
-@dataclass(frozen=True)
-class _Crop:
-    """What the graph takes, handed in as it is; its raw outputs are wanted."""
-
-    image: NDArray[np.uint8]
-
-
-_Item: TypeAlias = "_Picture | PreparedPicture | _Crop"
-_Ready: TypeAlias = "PreparedPicture | _Crop"
 
 
 class DetectorService:
@@ -191,7 +161,9 @@ class DetectorService:
         """
         if timeout_s is not None:
             require_duration("timeout_s", timeout_s)
-        return self._submit(_Picture(describe_source(source), source, looks_of(views, stability)), timeout_s=timeout_s)
+        return self._submit(
+            WaitingPicture(describe_source(source), source, looks_of(views, stability)), timeout_s=timeout_s
+        )
 
     def submit_crops(self, images: NDArray[np.uint8], *, timeout_s: float | None = None) -> list[Future[Outputs]]:
         """Futures of the raw outputs of the graph, one for each crop; they share batches with pictures.
@@ -209,7 +181,7 @@ class DetectorService:
             require_duration("timeout_s", timeout_s)
         futures: list[Future[Outputs]] = []
         try:
-            futures.extend(self._submit(_Crop(image), timeout_s=timeout_s) for image in np.array(images))
+            futures.extend(self._submit(WaitingCrop(image), timeout_s=timeout_s) for image in np.array(images))
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -346,8 +318,8 @@ class DetectorService:
             raise
         return detector
 
-    def _lane_of(self, detector: Detector) -> _Lane:
-        return _Lane(
+    def _lane_of(self, detector: Detector) -> Lane:
+        return Lane(
             detector,
             admission=self._admission,
             max_batch_size=self._max_batch_size,
@@ -355,7 +327,9 @@ class DetectorService:
             observer=self._observer,
         )
 
-    def _submit(self, picture: _Picture | _Crop, *, timeout_s: float | None = None, block: bool = False) -> Future[Any]:
+    def _submit(
+        self, picture: WaitingPicture | WaitingCrop, *, timeout_s: float | None = None, block: bool = False
+    ) -> Future[Any]:
         while True:
             lane = self._lane
             try:
@@ -370,7 +344,7 @@ class DetectorService:
         pending: deque[Future[Detection]] = deque()
         try:
             for index, source in enumerate(sources):
-                pending.append(self._submit(_Picture(source_name(source, index), source, looks), block=True))
+                pending.append(self._submit(WaitingPicture(source_name(source, index), source, looks), block=True))
                 while pending and (len(pending) >= ahead or pending[0].done()):
                     yield pending.popleft().result()
             while pending:
@@ -378,83 +352,3 @@ class DetectorService:
         finally:
             for future in pending:
                 future.cancel()
-
-
-class _Lane:
-    """One opened bundle with its queue: a swap puts another lane in its place."""
-
-    def __init__(
-        self,
-        detector: Detector,
-        *,
-        admission: Admission,
-        max_batch_size: int,
-        max_wait_ms: float,
-        observer: BatchObserver | None,
-    ) -> None:
-        self.detector = detector
-        self._max_batch_size = max_batch_size
-        # One image or stream that is submitted twice must not be decoded twice at the same time.
-        self._one_at_a_time = threading.Lock()
-        self._batcher = DynamicBatcher[
-            _Picture | PreparedPicture | _Crop, PreparedPicture | _Crop, Detection | Outputs
-        ](
-            self._prepare,
-            self._score,
-            admission=admission,
-            max_batch_size=max_batch_size,
-            max_wait_ms=max_wait_ms,
-            prepare_threads=min(MAX_DECODE_THREADS, os.cpu_count() or 1),
-            observer=observer,
-        )
-
-    def submit(self, picture: _Picture | _Crop, *, timeout_s: float | None, block: bool) -> Future[Detection | Outputs]:
-        item: _Item = picture
-        if isinstance(picture, _Crop):
-            self._require_crop(picture.image)
-        elif is_array(picture.source):
-            # An array needs no decoding, and its owner may fill it anew as soon as this returns.
-            item = self._read(picture)
-        return self._batcher.submit(item, timeout_s=timeout_s, block=block)
-
-    def require_other_thread(self, action: str) -> None:
-        self._batcher.require_other_thread(action)
-
-    def close(self, *, drain: bool) -> None:
-        self._batcher.close(drain=drain)
-        self.detector.close()
-
-    def _require_crop(self, image: NDArray[np.uint8]) -> None:
-        size = self.detector.manifest.preprocess
-        if image.dtype != np.uint8 or image.shape != (size.height, size.width, 3):
-            raise UsageError(
-                "crop",
-                got=f"{image.dtype} {image.shape}",
-                wanted=f"uint8 {(size.height, size.width, 3)}",
-                remedy="crop pictures as the model does, with runtime.prepare",
-            )
-
-    def _prepare(self, picture: _Item) -> _Ready | Answered[Detection | Outputs]:
-        if isinstance(picture, _Crop):
-            return picture
-        read = picture if isinstance(picture, PreparedPicture) else self._read(picture)
-        if isinstance(read.crops, PictureError):
-            return Answered(failed_detection(read.name, read.crops))
-        return read
-
-    def _read(self, picture: _Picture) -> PreparedPicture:
-        shared = not (is_file(picture.source) or is_array(picture.source))
-        with self._one_at_a_time if shared else nullcontext():
-            return self.detector.prepare(picture.source, name=picture.name, looks=picture.looks)
-
-    def _score(self, batch: list[_Ready]) -> list[Detection | Outputs]:
-        pictures = [one for one in batch if not isinstance(one, _Crop)]
-        crops = [one.image for one in batch if isinstance(one, _Crop)]
-        detections = iter(self.detector.score(pictures, batch_size=self._max_batch_size))
-        outputs = iter(_rows(self.detector.infer(np.stack(crops))) if crops else ())
-        return [next(outputs) if isinstance(one, _Crop) else next(detections) for one in batch]
-
-
-def _rows(outputs: Outputs) -> list[Outputs]:
-    """Outputs of one batch as batches of one."""
-    return [Outputs(*(array[row : row + 1] for array in outputs)) for row in range(len(outputs.logits))]

@@ -9,16 +9,17 @@ from PIL import Image
 
 from runtime.decode import describe_source
 from runtime.errors import UsageError
+from runtime.file_part import FilePart
 
 _SINGLE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
 
 
 def is_file(source: object) -> bool:
-    """Whether it is a path or the bytes of a file: two of these may be decoded at the same time.
+    """Whether it is a path, the bytes or a part of a file: two of these may be decoded at the same time.
 
     A file object or a Pillow image may be handed in twice, and must not be decoded twice at once.
     """
-    return isinstance(source, (str, os.PathLike, bytes))
+    return isinstance(source, (str, os.PathLike, bytes, FilePart))
 
 
 def is_array(source: object) -> bool:

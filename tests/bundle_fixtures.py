@@ -183,18 +183,19 @@ def write_bundle(folder, *, precisions=("fp32",), parities=None, graphs=None, **
     return manifest
 
 
-def add_engine(folder, content, *, version_compatible=False, **changes):
+def add_engine(folder, content, *, version_compatible=False, tf32=False, **changes):
     """The bundle in `folder` with an engine of its first graph beside it, as TensorRT 10.9 on an L4 builds it.
 
     Args:
         folder: of a bundle.
         content: of the engine's file.
         version_compatible: of the engine.
+        tf32: whether it may compute in TF32.
         changes: fields of the engine's artifact to replace.
     """
     manifest = open_bundle(folder).manifest
     source = manifest.artifacts[0]
-    built = EngineSpec(source.file, source.sha256, "c" * 64, "NVIDIA L4", 256, version_compatible, False, {})
+    built = EngineSpec(source.file, source.sha256, "c" * 64, "NVIDIA L4", 256, version_compatible, False, {}, tf32)
     engine = replace(
         source, file=f"model.{source.precision}.engine", format="engine", sha256=hashlib.sha256(content).hexdigest(),
         size_bytes=len(content), opset=None, profile=ProfileSpec(2, 4, 8), flavour="trt", targets=("sm89",),

@@ -96,6 +96,14 @@ def pycuda_module(host):
     module.MemoryError = type("MemoryError", (module.Error,), {})
     module.event_flags = types.SimpleNamespace(BLOCKING_SYNC=1, DISABLE_TIMING=2)
     guarded = _translated(module)
+    _add_pycuda_contexts(module, host, guarded)
+    _add_pycuda_memory(module, host, guarded)
+    _add_pycuda_streams(module, host, guarded)
+    return module
+
+
+def _add_pycuda_contexts(module, host, guarded):
+    """`init` and `Device`, whose primary context is pushed and popped; `contexts` has those that were retained."""
 
     class Context:
         def __init__(self):
@@ -113,6 +121,17 @@ def pycuda_module(host):
         def detach(self):
             host.closed = True
 
+    module.contexts = []
+    device = types.SimpleNamespace(
+        retain_primary_context=lambda: module.contexts.append(Context()) or module.contexts[-1]
+    )
+    module.init = lambda: host.calls.append("init")
+    module.Device = lambda number: device
+
+
+def _add_pycuda_memory(module, host, guarded):
+    """Memory of the device and of the host, and copies between them."""
+
     class DeviceAllocation:
         def __init__(self, size):
             self.address = host.allocate(size)
@@ -128,6 +147,18 @@ def pycuda_module(host):
         @guarded
         def free(self):
             host.free_pinned(np.asarray(self))
+
+    def pagelocked_empty(shape, dtype):
+        return host.allocate_pinned(shape).view(PagelockedHostAllocation)[:].view(np.ndarray)
+
+    module.mem_alloc = guarded(DeviceAllocation)
+    module.pagelocked_empty = guarded(pagelocked_empty)
+    module.memcpy_htod_async = guarded(lambda dest, src, stream=None: host.upload(dest, src, stream.handle))
+    module.memcpy_dtoh_async = guarded(lambda dest, src, stream=None: host.download(dest, src, stream.handle))
+
+
+def _add_pycuda_streams(module, host, guarded):
+    """`Stream` and `Event`."""
 
     class Stream:
         def __init__(self, flags=0):
@@ -163,20 +194,7 @@ def pycuda_module(host):
             host.wait(self.number)
             return self
 
-    def pagelocked_empty(shape, dtype):
-        return host.allocate_pinned(shape).view(PagelockedHostAllocation)[:].view(np.ndarray)
-
-    contexts = []
-    module.init = lambda: host.calls.append("init")
-    device = types.SimpleNamespace(retain_primary_context=lambda: contexts.append(Context()) or contexts[-1])
-    module.Device = lambda number: device
-    module.contexts = contexts
     module.Stream, module.Event = guarded(Stream), guarded(Event)
-    module.mem_alloc = guarded(DeviceAllocation)
-    module.pagelocked_empty = guarded(pagelocked_empty)
-    module.memcpy_htod_async = guarded(lambda dest, src, stream=None: host.upload(dest, src, stream.handle))
-    module.memcpy_dtoh_async = guarded(lambda dest, src, stream=None: host.download(dest, src, stream.handle))
-    return module
 
 
 def _with_status(function):

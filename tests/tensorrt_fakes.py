@@ -110,11 +110,14 @@ class Config:
                  "timing_cache")  # fmt: skip
 
     def __init__(self):
-        self.flags, self.pools, self.profile, self.timing_cache = [], {}, None, None
+        self.flags, self.pools, self.profile, self.timing_cache = ["TF32"], {}, None, None
         self.hardware_compatibility_level = None
 
     def set_flag(self, flag):
         self.flags.append(flag.name)
+
+    def clear_flag(self, flag):
+        self.flags.remove(flag.name)
 
     def set_memory_pool_limit(self, pool, size):
         self.pools[pool.name] = size
@@ -142,7 +145,7 @@ def fake_tensorrt(major):
     creation = {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1} if major == 10 else {}
     trt.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", creation)
     precisions = ["FP16", "INT8"] if major == 10 else []
-    trt.BuilderFlag = enum.Enum("BuilderFlag", [*precisions, "VERSION_COMPATIBLE", "STRIP_PLAN"])
+    trt.BuilderFlag = enum.Enum("BuilderFlag", [*precisions, "TF32", "VERSION_COMPATIBLE", "STRIP_PLAN"])
     trt.MemoryPoolType = enum.Enum("MemoryPoolType", ["WORKSPACE"])
     trt.HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", ["NONE", "AMPERE_PLUS"])
     trt.ProfilingVerbosity = enum.Enum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "DETAILED"])

@@ -138,6 +138,7 @@ def test_the_cache_key_changes_with_everything_that_an_engine_depends_on():
         cache_key("a" * 64, profile, target, replace(settings, workspace_mib=64), tensorrt),
         cache_key("a" * 64, profile, target, replace(settings, version_compatible=True), tensorrt),
         cache_key("a" * 64, profile, target, replace(settings, hardware_compatible=True), tensorrt),
+        cache_key("a" * 64, profile, target, replace(settings, tf32=True), tensorrt),
         cache_key("a" * 64, profile, target, settings, replace(tensorrt, version="10.10")),
         cache_key("a" * 64, profile, target, settings, replace(tensorrt, flavour=FLAVOURS[-1])),
     ]
@@ -200,7 +201,8 @@ def test_inspect_shows_how_an_engine_was_built(with_engine, capsys):
     out = capsys.readouterr().out
     (engine,) = engines(with_engine)
     for fact in ("engine rtx", f"built by {engine.builder}", "targets sm89", "batch 1 / 2 / 4", "built without a GPU",
-                 "workspace no limit, not version compatible, not hardware compatible", engine.engine.cache_key,
+                 "workspace no limit, not version compatible, not hardware compatible, FP32 products in full",
+                 engine.engine.cache_key,
                  f"from model.fp32.onnx, sha256 {engine.engine.source_sha256}", "kgen UInt8>Float"):  # fmt: skip
         assert fact in out
 
@@ -263,7 +265,7 @@ def test_options_keep_the_defaults_that_the_command_line_does_not_name(tmp_path)
 def test_options_of_engines_become_settings(tmp_path):
     given = parse_options(
         ["--target", "sm80,sm89", "--workspace-mib", "64", "--timing-cache", str(tmp_path), "--version-compatible",
-         "--hardware-compatible"]
+         "--hardware-compatible", "--tf32"]
     )  # fmt: skip
-    assert engine_settings(given) == EngineSettings("sm80,sm89", 64, tmp_path, True, True)
+    assert engine_settings(given) == EngineSettings("sm80,sm89", 64, tmp_path, True, True, True)
     assert engine_settings(Options()) == EngineSettings()

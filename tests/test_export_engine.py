@@ -11,8 +11,9 @@ from exported import graphs
 from onnx import TensorProto, helper
 from tensorrt_fakes import fake_tensorrt
 
-from export.engine import EngineSettings, check_settings, engine_from_onnx
+from export.engine import EngineSettings, _apply, check_settings, engine_from_onnx
 from export.engine_flavours import TensorRT, find_tensorrt, flavour_of
+from export.engine_log import recorded_messages
 from export.engine_plan import CONVOLUTION_KINDS
 from export.errors import ExportError
 from export.graph import copy_of, initializers, model_bytes, producers
@@ -176,6 +177,22 @@ def test_the_modes_of_tensorrt_are_set_where_they_are_asked_for(fake):
     assert told["level"] == "AMPERE_PLUS"
     assert told["pools"] == {"WORKSPACE": 256 << 20}
     assert engine.target.capabilities == ("ampere-plus",)
+
+
+def test_tf32_is_allowed_only_where_it_is_asked_for(fake):
+    assert built(fake)[1]["flags"] == []
+    assert built(fake, tf32=True)[1]["flags"] == ["TF32"]
+
+
+def test_tensorrt_itself_allows_tf32_until_it_is_told_not_to(tensorrt):
+    trt = tensorrt.module
+    with recorded_messages(trt) as (log, _):
+        builder = trt.Builder(log)
+        for allowed in (True, False):
+            config = builder.create_builder_config()
+            assert config.get_flag(trt.BuilderFlag.TF32)
+            _apply(trt, config, EngineSettings(tf32=allowed))
+            assert config.get_flag(trt.BuilderFlag.TF32) == allowed
 
 
 def test_a_timing_cache_is_read_and_written(fake, tmp_path):

@@ -68,12 +68,13 @@ def test_within_the_budget_the_whole_plan_is_quantised_and_no_layer_is_measured_
     assert any(node.op_type == "QuantizeLinear" for node in model.graph.node)
 
 
-@pytest.mark.parametrize("needed", [1, 3, 6])
-def test_as_few_of_the_most_sensitive_layers_are_returned_as_the_budget_needs(order, needed, monkeypatch):
+@pytest.mark.parametrize(("needed", "judged"), [(1, [0, 1]), (3, [0, 1, 2, 4, 3]), (6, [0, 1, 2, 4, 8, 6, 5])])
+def test_as_few_of_the_most_sensitive_layers_are_returned_as_the_budget_needs(order, needed, judged, monkeypatch):
     order = [name for name in order if not name.startswith("Add")]  # the fake judge looks at first inputs alone
     monkeypatch.setattr(export.int8, "layer_sensitivities", lambda *arguments: sensitivities_in(order))
     model, found = search(FakeJudge(order[needed - 1]), calibrator="mse", smallest_share=0.0)
     assert list(found.returned) == order[:needed]
+    assert [step.returned for step in found.steps] == judged
     assert [step.returned for step in found.steps if not step.excess][-1] == needed
     float_nodes = {n.name: n for n in model.graph.node}
     assert all(not float_nodes[name].input[0].endswith(".dq") for name in order[:needed])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from exported import finished_run, full_bundle, graphs, pictures
@@ -118,6 +120,28 @@ def test_a_graph_for_engines_is_run_node_by_node_where_only_onnxruntime_runs(jud
     _, parity = judge.parity([candidate("int8"), twin])
     assert [p.backend for p in parity["int8", "fp16"]] == [NODE_BY_NODE]
     assert parity["int8", "fp16"][0].logit_diff_max < 2 * parity["int8", "fp32"][0].logit_diff_max + 0.1
+
+
+def test_graphs_of_a_precision_share_the_calibration_of_the_first(judge):
+    first, second = candidate("fp32"), replace(candidate("fp32", with_logits(3.0)), remainder="fp16")
+    (alone,) = judge.costs([second])
+    _, shared = judge.costs([first, second])
+    assert alone.flips == 0.0 < shared.flips
+    assert judge.parity([first, second])[0] == judge.parity([first])[0] != judge.parity([second])[0]
+
+
+def test_one_fake_that_is_missed_costs_its_generator_and_one_picture_of_accuracy_and_verdicts(judge, monkeypatch):
+    generators = np.where(np.arange(40) % 2 == 0, "a", "b")  # both have real and fake pictures
+    monkeypatch.setattr(judge, "_generators", generators)
+    scored = judge.reference.copy()
+    missed = np.flatnonzero((judge._labels == 1) & (generators == "a") & (scored > np.quantile(scored, 0.9)))[0]
+    scored[missed] = scored.min() - 1
+    monkeypatch.setattr(judge, "scores", lambda *arguments: scored)
+    (cost,) = judge.costs([candidate("fp32")])
+    assert cost.ap["b"] == 0.0
+    assert cost.ap["a"] == cost.worst_ap > cost.ap[ALL] > 0.0
+    assert cost.accuracy == pytest.approx(2.5)
+    assert cost.flips == pytest.approx(2.5)
 
 
 def test_without_a_backend_nothing_can_be_judged(judge):

@@ -42,7 +42,7 @@ def add_engine(folder, precision="fp32", *, flavour="trt", target="sm89", profil
         targets=(target,),
         builder="tensorrt 10.9.0" if flavour == "trt" else "tensorrt_rtx 1.7",
         parity=(),
-        engine=EngineSpec(source.file, source_sha256 or source.sha256, "a" * 64, None, None, False, False, {}),
+        engine=EngineSpec(source.file, source_sha256 or source.sha256, "a" * 64, None, None, False, False, {}, False),
     )
     (folder / artifact.file).write_bytes(content)
     save_manifest(replace(manifest, artifacts=(*manifest.artifacts, artifact)), folder)

@@ -6,13 +6,15 @@ import struct
 import threading
 import warnings
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from runtime.decode import check_header, decode_picture
 from runtime.errors import PictureError, PictureFormatError, PictureTooLargeError
+from runtime.file_part import FilePart
 from runtime.pillow_guard import neutral_pillow
 
 # A photograph-like ramp: smooth, so that JPEG keeps it within a few levels.
@@ -413,10 +415,58 @@ def test_pixel_limit_is_inclusive_and_holds_for_every_source(source):
         decode_picture(source, max_pixels=24 * 32 - 1)
 
 
+def _tiled_tiff(width, length, *, kind=4):
+    """A grey 64x64 TIFF, deflated, whose header says that it has tiles of this size; there is little behind it."""
+    tags = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
+            (322, kind, 1, width), (323, kind, 1, length), (324, 4, 1, 200), (325, 4, 1, 40)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    return header.ljust(200, b"\0") + zlib.compress(bytes(64 * 64)).ljust(100, b"\0")
+
+
+@pytest.mark.parametrize(("width", "length"), [(40_000, 40_000), (16, 100_000_000), (0x7FFFFFF0, 0x7FFFFFF0)])
+def test_tiff_whose_tile_is_larger_than_any_picture_is_refused_before_it_is_decoded(width, length, monkeypatch):
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "load", None)
+    with pytest.raises(PictureTooLargeError, match=f"tiles of {width}x{length} pixels, wanted at most 100000000"):
+        decode_picture(_tiled_tiff(width, length))
+
+
+def test_tiff_with_tiles_of_a_usual_size_is_read():
+    assert decode_picture(_tiled_tiff(64, 64)).shape == (64, 64, 3)
+    assert decode_picture(_tiled_tiff(64, 64), max_pixels=64 * 64).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("kind", [2, 5, 12])  # text, a fraction, a float
+def test_tiff_whose_tile_has_no_whole_sides_is_refused(kind):
+    with pytest.raises(PictureError, match=r"got tiles of .*, wanted two whole numbers"):
+        decode_picture(_tiled_tiff(200, 200, kind=kind))
+
+
 def test_endless_stream_is_not_read_to_its_end(monkeypatch):
     monkeypatch.setattr("runtime.decode.MAX_STREAM_BYTES", 1000)
     with open("/dev/zero", "rb") as stream, pytest.raises(PictureError, match="more than 1000 bytes"):
         decode_picture(stream)
+
+
+def test_part_of_a_file_is_the_picture_in_it(tmp_path):
+    data = _encoded(Image.fromarray(RAMP), "PNG")
+    path = tmp_path / "around"
+    path.write_bytes(b"before" + data + b"behind")
+    part = FilePart("ramp", str(path), 6, len(data))
+    np.testing.assert_array_equal(decode_picture(part), RAMP)
+    for wrong, message in (
+        (replace(part, size_bytes=len(data) + 7), "ramp: got a part of a file that cannot be read .*ends within it"),
+        (replace(part, path=str(tmp_path / "none")), r"ramp: got a part .*\(No such file or directory\)"),
+        (replace(part, size_bytes=0), "ramp: got no bytes at all"),
+    ):
+        with pytest.raises(PictureError, match=message):
+            decode_picture(wrong)
+
+
+def test_part_of_a_file_above_the_limit_is_refused_unread(monkeypatch):
+    monkeypatch.setattr("runtime.decode.MAX_STREAM_BYTES", 1000)
+    with pytest.raises(PictureError, match="ramp: got 1001 bytes, wanted at most 1000 bytes"):
+        decode_picture(FilePart("ramp", "not even opened", 0, 1001))
 
 
 # Settings of the program around us

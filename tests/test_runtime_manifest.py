@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from bundle_fixtures import CALIBRATION, parity, write_bundle
+from bundle_fixtures import CALIBRATION, add_engine, parity, write_bundle
 
 from runtime.errors import BundleError
 from runtime.manifest import (
@@ -266,6 +266,16 @@ def test_unknown_rule_and_a_second_way_to_write_the_default_are_refused(manifest
     plain["calibration"]["fp32"]["threshold_rule"] = rule
     with pytest.raises(BundleError, match=message):
         manifest_from_json(_rehashed(plain))
+
+
+def test_an_engine_from_before_tf32_was_recorded_counts_as_one_that_uses_it(tmp_path):
+    write_bundle(tmp_path / "m")
+    for tf32 in (True, False):
+        manifest = add_engine(tmp_path / "m", b"an engine", tf32=tf32, file=f"{tf32}.engine").manifest
+    text = manifest_to_json(manifest)
+    _, before, now = (artifact.get("engine", {}) for artifact in json.loads(text)["artifacts"])
+    assert ("tf32" in before, now["tf32"]) == (False, False)
+    assert [artifact.engine.tf32 for artifact in manifest_from_json(text).artifacts[1:]] == [True, False]
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (2, 1, 4), (1, 5, 4)])

@@ -32,6 +32,7 @@ def pretend(monkeypatch, tmp_path):
     """Puts an onnxruntime with every provider in place, whose sessions end up on the given one."""
     monkeypatch.setattr("runtime.backends.ort.cuda_driver", lambda: CudaDriver(1, "pretended"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
 
     def put(session_provider=None, **options):
         module = _pretended_onnxruntime(
@@ -98,6 +99,30 @@ def test_a_weakly_typed_tensorrt_is_allowed_the_types_of_its_graph_and_no_others
         open_backend("onnxruntime-tensorrt", tiny_graph(), manifest, file=f"model.{precision}.onnx")
     ((_, told),) = session.opened[1]
     assert {key for key in told if key in ("trt_fp16_enable", "trt_int8_enable")} == allowed
+
+
+def test_cuda_is_told_to_multiply_in_full(manifest, pretend):
+    session = pretend(open_error="stop here")
+    with pytest.raises(BackendError, match="stop here"):
+        open_backend("onnxruntime-cuda", tiny_graph(), manifest, file="model.fp32.onnx")
+    assert session.opened[1] == [("CUDAExecutionProvider", {"use_tf32": "0"})]
+
+
+@pytest.mark.parametrize("value", [None, "1"])
+@pytest.mark.parametrize("name", ["onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"])
+def test_a_tensorrt_provider_that_would_multiply_in_tf32_is_refused(manifest, pretend, monkeypatch, name, value):
+    session = pretend(PROVIDERS[name])
+    if value is None:
+        monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    else:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", value)
+    with pytest.raises(BackendError, match=rf"NVIDIA_TF32_OVERRIDE = {value}, .*wanted NVIDIA_TF32_OVERRIDE=0"):
+        open_backend(name, tiny_graph(), manifest, file="model.fp32.onnx")
+    assert session.opened is None
+    probe = probe_backend(name)
+    assert (probe.runs, probe.install) == (
+        False, "set it before the program starts, or choose onnxruntime-cuda or trt",
+    )  # fmt: skip
 
 
 @pytest.fixture

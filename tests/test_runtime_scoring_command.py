@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from PIL import Image
 
 from runtime import Detector
 from runtime.cli import main
+from runtime.detector import MAX_DECODE_THREADS
+from runtime.file_part import FilePart
 from runtime.scoring.progress import Progress, duration
 from runtime.scoring.rows import rows_of
-from runtime.scoring.sources import Picture
+from runtime.scoring.sources import Picture, pictures_of
 from runtime.scoring.tar_shards import Member
 
 IMAGES = random_images(6, seed=3)
@@ -179,19 +182,47 @@ def test_an_older_file_stands_until_the_new_one_is_complete(work, model, monkeyp
     assert_rows_of_the_pictures(rows("r.csv"), "pictures")
 
 
-def test_pictures_that_never_reach_the_detector_keep_their_place(tmp_path, model):
+def test_members_that_are_too_large_are_rows_in_their_place_and_are_not_read(tmp_path, model, monkeypatch):
     small = io.BytesIO()
     Image.fromarray(IMAGES[0]).save(small, "PNG")
-    (tmp_path / "s.tar").write_bytes(small.getvalue())
-    fits, large = Member("fits", 0, len(small.getvalue())), Member("large", 0, 1 << 40)
+    size = len(small.getvalue())
+    (tmp_path / "s.tar").write_bytes(small.getvalue() + b"\0")
+    fits, large = Member("fits", 0, size), Member("large", 0, size + 1)
     order = [large, fits, large, large, fits, large]
     pictures = [Picture(f"s.tar/{place}", "s.tar", member) for place, member in enumerate(order)]
+    monkeypatch.setattr("runtime.decode.MAX_STREAM_BYTES", size)
+    read, read_part = [], FilePart.read
+    monkeypatch.setattr(FilePart, "read", lambda part: read.append(part.name) or read_part(part))
     with Detector.load(model, backend="onnxruntime") as detector:
         for batch_size in (1, 2, 6):
             found = list(rows_of(detector, pictures, str(tmp_path), batch_size=batch_size))
             assert [row.source for row in found] == [f"s.tar/{place}" for place in range(6)]
             assert [row.error is None for row in found] == [member is fits for member in order]
+    assert f"large: got {size + 1} bytes, wanted at most {size} bytes" in found[0].error
+    assert read == ["fits"] * 6
     assert np.isclose(found[1].fake_probability, CALIBRATION.fake_probability(numpy_outputs(IMAGES[:1])["logits"])[0])
+
+
+def test_members_that_wait_for_their_batch_are_not_in_memory(tmp_path, model):
+    picture, count = io.BytesIO(), 60
+    Image.new("RGB", (1000, 400)).save(picture, "BMP")
+    content = picture.getvalue()
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for number in range(count):
+            info = tarfile.TarInfo(f"{number}.bmp")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    pictures = list(pictures_of(str(tmp_path / "s.tar")))
+    with Detector.load(model, backend="onnxruntime", threads=1) as detector:
+        tracemalloc.start()
+        try:
+            found = list(rows_of(detector, pictures, str(tmp_path), batch_size=count // 3))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert [row.error for row in found] == [None] * count
+    # Each decoding thread holds a file, and its pixels a second time; reading ahead would hold all sixty files.
+    assert peak < (3 * MAX_DECODE_THREADS + 3) * len(content) < count * len(content) / 2
 
 
 # Progress

@@ -99,8 +99,8 @@ def test_what_auto_means_is_found_out_on_a_worker(model):
     from runtime.bundle import open_bundle
 
     manifest = open_bundle(model).manifest
-    assert '"backend": "onnxruntime", "precision": "fp32"' in on_ray._resolved(manifest, "onnxruntime", "auto")
-    assert "BackendError" in on_ray._resolved(manifest, "onnxruntime", "fp16")
+    assert '"backend": "onnxruntime", "precision": "fp32"' in on_ray._resolved(manifest, "onnxruntime", "auto", 8)
+    assert "BackendError" in on_ray._resolved(manifest, "onnxruntime", "fp16", 8)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from PIL import Image
 
 from runtime import Detector
 from runtime.errors import UsageError
+from runtime.file_part import FilePart
 from runtime.sources import is_array, is_file, require_many
 
 
@@ -28,8 +29,8 @@ class Foreign:
         return map(Foreign, self.values)
 
 
-def test_only_paths_and_bytes_may_be_decoded_twice_at_once():
-    assert all(is_file(source) for source in ("a.png", b"bytes"))
+def test_only_paths_bytes_and_parts_of_files_may_be_decoded_twice_at_once():
+    assert all(is_file(source) for source in ("a.png", b"bytes", FilePart("a", "a.tar", 0, 1)))
     assert not any(is_file(source) for source in (io.BytesIO(b"x"), Image.new("RGB", (2, 2)), random_images(1)[0]))
 
 
@@ -50,9 +51,10 @@ def test_batch_of_another_library_is_many_pictures_and_one_picture_of_it_is_one(
     assert detections[3].source == "#3 (Foreign (16, 16, 3))"
 
 
-@pytest.mark.parametrize("many", [[], (), iter("ab"), {"a.png"}, random_images(2)])
-def test_collections_and_batches_are_many(many):
+@pytest.mark.parametrize(("many", "count"), [([], 0), ((), 0), (iter("ab"), 2), ({"a.png"}, 1), (random_images(2), 2)])
+def test_collections_and_batches_are_many_and_nothing_is_taken_from_them(many, count):
     require_many(many)
+    assert len(list(many)) == count
 
 
 @pytest.mark.parametrize("single", ["a.png", b"x", memoryview(b"x"), io.BytesIO(b"x"), random_images(1)[0], None, 5])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 
 import pytest
 from bundle_fixtures import add_engine, parity, write_bundle
+from PIL import Image
 
 from runtime.backends import BACKENDS, Probe, open_backend
 from runtime.backends.choice import choose, compared_artifact, safe_artifacts
@@ -18,6 +20,8 @@ from runtime.detector import Detector
 from runtime.engine_check import EngineRuntime
 from runtime.errors import BackendError, UsageError
 from runtime.manifest import ProfileSpec
+from runtime.serve.command import _load, add_serve
+from runtime.service import DetectorService
 from runtime.tune import measured, tuning_text
 from runtime.tuning import (
     BATCHES,
@@ -174,6 +178,71 @@ def test_a_provider_that_may_change_types_needs_a_comparison_of_its_own(tmp_path
         assert [a.precision for a in safe_artifacts(manifest, "onnxruntime-tensorrt-rtx")] == ["fp16", "fp32"]
 
 
+def test_auto_passes_over_an_engine_that_may_compute_in_tf32_and_takes_it_when_it_is_named(tmp_path, running, l4):
+    running(*BACKENDS)
+    write_bundle(tmp_path / "m")
+    manifest = add_engine(tmp_path / "m", b"an engine", tf32=True, profile=WIDE).manifest
+    choice = choose(manifest, backend="auto", precision="auto")
+    assert choice.backend == "onnxruntime-cuda"
+    assert "model.fp32.engine may compute in TF32, unlike the graph that was compared" in choice.reason
+    assert choose(manifest, backend="auto", precision="fp32").artifact.file == "model.fp32.engine"
+    with pytest.raises(BackendError, match="wanted an engine that fits this machine, without TF32, FP32 or of a graph"):
+        choose(manifest, backend="trt", precision="auto")
+    compared = replace(manifest.artifacts[-1], parity=(parity(backend="trt"),))
+    proven = replace(manifest, artifacts=(*manifest.artifacts[:-1], compared))
+    assert choose(proven, backend="auto", precision="auto").backend == "trt"
+
+
+def test_of_two_engines_the_one_that_may_not_compute_in_tf32_is_taken(tmp_path, running, l4):
+    running("trt")
+    write_bundle(tmp_path / "m")
+    add_engine(tmp_path / "m", b"before", tf32=True, profile=WIDE, file="a.engine")
+    manifest = add_engine(tmp_path / "m", b"now", profile=WIDE, file="b.engine").manifest
+    for backend, precision in (("auto", "auto"), ("auto", "fp32"), ("trt", "auto"), ("trt", "fp32")):
+        assert choose(manifest, backend=backend, precision=precision).artifact.file == "b.engine"
+
+
+# The largest batch that will be asked for
+
+
+@pytest.mark.parametrize(
+    ("profile", "max_batch", "backend", "reason"),
+    [
+        (ProfileSpec(1, 8, 64), 64, "trt", "; precision fp32 "),
+        (ProfileSpec(1, 8, 64), 128, "onnxruntime-cuda", "model.fp32.engine takes batches of 1 to 64, not 1 to 128"),
+        (ProfileSpec(1, 8, 16), 16, "trt", "; precision fp32 "),
+        (ProfileSpec(2, 8, 64), 8, "onnxruntime-cuda", "model.fp32.engine takes batches of 2 to 64, not 1 to 8"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_auto_takes_what_scores_the_largest_batch(
+    tmp_path, running, l4, profile, max_batch, backend, reason, precision
+):
+    running(*BACKENDS)
+    manifest = engines(tmp_path / "m", profile=profile)
+    choice = choose(manifest, backend="auto", precision=precision, max_batch=max_batch)
+    assert choice.backend == backend
+    assert reason in choice.reason
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_a_named_trt_that_does_not_take_the_largest_batch_is_refused(tmp_path, running, l4, precision):
+    running(*BACKENDS)
+    manifest = engines(tmp_path / "m", profile=ProfileSpec(2, 8, 64))
+    assert choose(manifest, backend="trt", precision=precision, max_batch=64).artifact.file == "model.fp32.engine"
+    with pytest.raises(BackendError, match=r"model.fp32.engine: got a batch of 65, wanted 2 to 64"):
+        choose(manifest, backend="trt", precision=precision, max_batch=65)
+
+
+def test_a_named_trt_takes_the_engine_that_scores_the_largest_batch(tmp_path, running, l4):
+    running(*BACKENDS)
+    engines(tmp_path / "m")
+    wide = add_engine(tmp_path / "m", b"wide", file="wide.engine", profile=ProfileSpec(1, 8, 128)).manifest
+    for precision in ("auto", "fp32"):
+        assert choose(wide, backend="trt", precision=precision, max_batch=64).artifact.file == "model.fp32.engine"
+        assert choose(wide, backend="trt", precision=precision, max_batch=128).artifact.file == "wide.engine"
+
+
 # Options that a back-end does not have
 
 
@@ -200,6 +269,28 @@ def test_a_detector_hands_its_options_to_the_back_end(tiny_bundle):
         assert str(detector._backend.hint) == "throughput"
     with pytest.raises(UsageError, match="cuda_graphs: got True for the back-end onnxruntime"):
         Detector.load(tiny_bundle, backend="onnxruntime", cuda_graphs=True)
+
+
+def test_who_opens_a_model_says_which_batch_is_the_largest(tiny_bundle, monkeypatch, tmp_path):
+    asked = []
+
+    def noted(manifest, *, backend, precision, max_batch=None):
+        asked.append(max_batch)
+        return choose(manifest, backend=backend, precision=precision, max_batch=max_batch)
+
+    monkeypatch.setattr("runtime.detector.choose", noted)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    model = ["--model", str(tiny_bundle), "--backend", "onnxruntime"]
+    assert main(["predict", *model, "--batch-size", "3", str(folder)]) == 0
+    assert main(["score", *model, "--batch-size", "5", "--out", str(tmp_path / "r.csv"), str(folder)]) == 0
+    with DetectorService.load(tiny_bundle, backend="onnxruntime", max_batch_size=7) as service:
+        service.swap(tiny_bundle)
+    parser = argparse.ArgumentParser()
+    add_serve(parser)
+    _load(tiny_bundle, parser.parse_args(["--backend", "onnxruntime", "--max-batch-size", "11"]), None).close()
+    assert asked == [3, 5, 7, 7, 11]
 
 
 # Measurements
@@ -254,6 +345,18 @@ def test_auto_passes_over_what_was_fast_and_does_not_run_now(proven, running):
     keep_tuning(proven, tuning_of(proven, ("openvino", "int8", 5.0)))
     reason = choose(proven, backend="auto", precision="auto").reason
     assert "`ntf tune` measured nothing that runs now (openvino int8: pretended)" in reason
+
+
+def test_a_measured_back_end_that_does_not_take_the_largest_batch_is_passed_over(tmp_path, running):
+    running(*BACKENDS)
+    manifest = write_bundle(tmp_path / "m")
+    keep_tuning(manifest, tuning_of(manifest, ("onnxruntime-tensorrt", "fp32", 1.0), ("openvino", "fp32", 5.0)))
+    for precision in ("auto", "fp32"):
+        fastest = choose(manifest, backend="auto", precision=precision, max_batch=64)
+        assert fastest.backend == "onnxruntime-tensorrt"
+        choice = choose(manifest, backend="auto", precision=precision, max_batch=65)
+        assert choice.backend == "openvino"
+        assert "(onnxruntime-tensorrt fp32: takes batches of 1 to 64, not 1 to 65)" in choice.reason
 
 
 def test_a_measured_file_that_is_not_what_would_run_is_passed_over(proven, running):

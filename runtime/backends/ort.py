@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -81,6 +82,8 @@ _PROVIDERS: Mapping[str, _Provider] = {
 }
 _DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 _ERRORS_ONLY = 3
+# Read by the CUDA libraries when they start. The TensorRT providers have no option of their own for it, as of 1.31.
+_TF32_VARIABLE = "NVIDIA_TF32_OVERRIDE"
 # Batches that the TensorRT providers build for: smallest, preferred, largest.
 TENSORRT_BATCHES = (1, 8, 64)
 
@@ -103,7 +106,7 @@ class OrtBackend:
         max_batch: largest batch that will be asked for; None leaves it to each call.
 
     Raises:
-        BackendError: the package is missing, or the graph cannot run on that device.
+        BackendError: the package is missing, the graph cannot run on that device, or TF32 would be used.
         BundleError: the graph is not what the manifest promises.
         UsageError: a TensorRT provider has no folder to keep what it builds.
 
@@ -233,7 +236,8 @@ def _tensorrt_options(name: str, model: bytes, manifest: ModelManifest, file: st
         f"{prefix}_profile_{which}_shapes": f"{INPUT_NAME}:{batch}x{rest}"
         for which, batch in zip(("min", "opt", "max"), TENSORRT_BATCHES, strict=True)
     }
-    folder = made_cache(name, hashlib.sha256(model).hexdigest())
+    # Not where an engine may lie that was built while TF32 was allowed.
+    folder = made_cache(name, "without-tf32", hashlib.sha256(model).hexdigest())
     if name == TENSORRT_RTX:
         return told | {"nv_runtime_cache_path": str(folder)}
     precision = next((artifact.precision for artifact in manifest.artifacts if artifact.file == file), "fp32")
@@ -280,10 +284,22 @@ def _require_gpu_provider(ort: Any, name: str) -> None:
             wanted="an NVIDIA GPU with its driver",
             remedy="run where there is one (`ntf doctor` shows what is seen), or choose another backend",
         )
+    _require_no_tf32(name)
     if hasattr(ort, "preload_dlls"):
         # Finds CUDA libraries that were installed by pip; it prints what it misses, the session says it better.
         with contextlib.redirect_stdout(io.StringIO()):
             ort.preload_dlls()
+
+
+def _require_no_tf32(name: str) -> None:
+    """Refuses a TensorRT provider that would build with TF32: its scores would not be those that were compared."""
+    if name in (TENSORRT, TENSORRT_RTX) and os.environ.get(_TF32_VARIABLE) != "0":
+        raise BackendError(
+            f"back-end {name}",
+            got=f"{_TF32_VARIABLE} = {os.environ.get(_TF32_VARIABLE)}, which lets FP32 products be rounded to 10 bits",
+            wanted=f"{_TF32_VARIABLE}=0, the only way to keep ONNX Runtime's TensorRT from it",
+            remedy="set it before the program starts, or choose onnxruntime-cuda or trt",
+        )
 
 
 def _tensors(values: Any) -> list[TensorInfo]:

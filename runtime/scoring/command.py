@@ -82,7 +82,11 @@ def _score_here(options: argparse.Namespace, model: Path, work: Work, listing: L
     from runtime.scoring.sources import base_folder
 
     with Detector.load(
-        model, backend=options.backend, precision=options.precision, threads=options.threads
+        model,
+        backend=options.backend,
+        precision=options.precision,
+        threads=options.threads,
+        max_batch=options.batch_size,
     ) as detector:
         info = detector.info
         work.begin(_configuration(options, listing, detector.manifest, info.backend, info.precision))
@@ -100,7 +104,12 @@ def _score_on_ray(options: argparse.Namespace, model: Path, work: Work, listing:
     spread = RayOptions(options.ray_address, options.workers, options.gpus, options.threads or 1)
     with ray_cluster(spread) as ray:
         backend, precision = resolve_on_worker(
-            ray, manifest, spread, backend=options.backend, precision=options.precision
+            ray,
+            manifest,
+            spread,
+            backend=options.backend,
+            precision=options.precision,
+            max_batch=options.batch_size,
         )
         work.begin(_configuration(options, listing, manifest, backend, precision))
         # Where no number was asked for, as many as Ray counts for a detector, if the back-end computes on the CPU.

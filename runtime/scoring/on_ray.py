@@ -93,15 +93,23 @@ def ray_cluster(options: RayOptions) -> Iterator[Any]:
 
 
 def resolve_on_worker(
-    ray: Any, manifest: ModelManifest, options: RayOptions, *, backend: str, precision: str
+    ray: Any, manifest: ModelManifest, options: RayOptions, *, backend: str, precision: str, max_batch: int
 ) -> tuple[str, str]:
     """Back-end and precision that a worker would take, which may have a GPU that this machine has not.
+
+    Args:
+        ray: connected.
+        manifest: of the bundle.
+        options: how detectors are spread.
+        backend: as for `Detector.load`, and so are the next two.
+        precision: as there.
+        max_batch: as there.
 
     Raises:
         BackendError: nothing fits there.
     """
     resources = {"num_cpus": options.threads, "num_gpus": options.gpus}
-    text = ray.get(ray.remote(_resolved).options(**resources).remote(manifest, backend, precision))
+    text = ray.get(ray.remote(_resolved).options(**resources).remote(manifest, backend, precision, max_batch))
     answer = json.loads(text)
     _raise_error(answer["error"])
     return answer["backend"], answer["precision"]
@@ -200,14 +208,20 @@ def _opened(packed: bytes, options: DetectorOptions) -> Detector:
     with tempfile.TemporaryDirectory(prefix="ntf-score-") as folder:
         path = Path(folder) / "model.zip"
         path.write_bytes(packed)
-        return Detector.load(path, backend=options.backend, precision=options.precision, threads=options.threads)
+        return Detector.load(
+            path,
+            backend=options.backend,
+            precision=options.precision,
+            threads=options.threads,
+            max_batch=options.batch_size,
+        )
 
 
-def _resolved(manifest: ModelManifest, backend: str, precision: str) -> str:
+def _resolved(manifest: ModelManifest, backend: str, precision: str, max_batch: int) -> str:
     from runtime.backends.choice import choose
 
     try:
-        choice = choose(manifest, backend=backend, precision=precision)
+        choice = choose(manifest, backend=backend, precision=precision, max_batch=max_batch)
     except NTFError as error:
         return json.dumps({"error": _error_text(error)})
     return json.dumps({"error": "", "backend": choice.backend, "precision": choice.artifact.precision})

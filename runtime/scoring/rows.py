@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from runtime.decode import PictureSource
 from runtime.detector import Detection, Detector
-from runtime.errors import PictureError
 from runtime.scoring.sources import Picture
-from runtime.scoring.tar_shards import ShardReader
+from runtime.scoring.tar_shards import member_part
 
 
 class Row(NamedTuple):
@@ -47,19 +46,21 @@ def rows_of(detector: Detector, pictures: Iterable[Picture], base: str, *, batch
 
     Raises:
         CollectionError: a shard is not any more what was listed.
+
+    Note:
+        A file is read when one of the detector's threads decodes it, so that no more of them are in memory than it has
+        threads, however many pictures it takes ahead.
     """
-    # Name of each picture that was taken, and why it never came to the detector if it did not.
-    waiting: deque[tuple[str, PictureError | None]] = deque()
-    with ShardReader() as reader:
-        detections = detector.stream(_readable(pictures, base, reader, waiting.append), batch_size=batch_size)
-        try:
-            for detection in detections:
-                yield from _failed_first(waiting)
-                yield _row(waiting.popleft()[0], detection)
-        finally:
-            if isinstance(detections, Generator):  # it may read ahead, so it ends before the reader does
-                detections.close()
-        yield from _failed_first(waiting)
+    names: deque[str] = deque()
+
+    def sources() -> Iterator[PictureSource]:
+        for picture in pictures:
+            source = _source(picture, base)
+            names.append(row_name(picture))
+            yield source
+
+    for detection in detector.stream(sources(), batch_size=batch_size):
+        yield _row(names.popleft(), detection)
 
 
 def row_to_line(row: Row) -> str:
@@ -84,32 +85,10 @@ def row_name(picture: Picture) -> str:
     return _valid_text(picture.name)
 
 
-def _readable(
-    pictures: Iterable[Picture],
-    base: str,
-    reader: ShardReader,
-    note: Callable[[tuple[str, PictureError | None]], None],
-) -> Iterator[PictureSource]:
-    """Path or bytes of each picture that can be handed to a detector; every picture is noted first."""
-    for picture in pictures:
-        name = row_name(picture)
-        if picture.member is None:
-            note((name, None))
-            yield os.path.join(base, picture.name)
-            continue
-        try:
-            data = reader.read(os.path.join(base, picture.shard or ""), picture.member)
-        except PictureError as error:
-            note((name, error))
-            continue
-        note((name, None))
-        yield data
-
-
-def _failed_first(waiting: deque[tuple[str, PictureError | None]]) -> Iterator[Row]:
-    """Rows of the pictures that failed before the next one that a detector has."""
-    while waiting and (error := waiting[0][1]) is not None:
-        yield Row(waiting.popleft()[0], None, None, None, _valid_text(str(error)))
+def _source(picture: Picture, base: str) -> PictureSource:
+    if picture.member is None:
+        return os.path.join(base, picture.name)
+    return member_part(os.path.join(base, picture.shard or ""), picture.member)
 
 
 def _row(name: str, detection: Detection) -> Row:

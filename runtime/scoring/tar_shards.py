@@ -10,11 +10,10 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import BinaryIO, NoReturn
 
-from runtime.decode import MAX_STREAM_BYTES
-from runtime.errors import CollectionError, PictureError
+from runtime.errors import CollectionError
+from runtime.file_part import FilePart
 from runtime.picture_paths import is_picture_name
 
 SHARD_SUFFIX = ".tar"
@@ -60,61 +59,19 @@ def pictures_in_shard(shard: str) -> Iterator[Member]:
         _refuse(shard, f"a file that cannot be read as tar ({error})", "a whole, uncompressed tar file")
 
 
-class ShardReader:
-    """Content of members, with the shard that was read last kept open; not thread safe.
+def member_part(shard: str, member: Member) -> FilePart:
+    """A member as a source of a detector, which reads it when it decodes it.
 
-    Note:
-        Members in the order of the shard cost one seek each and no more.
+    Raises:
+        CollectionError: the shard is not there any more, or is shorter than it was.
     """
-
-    def __init__(self) -> None:
-        self._path = ""
-        self._stream: BinaryIO | None = None
-
-    def read(self, shard: str, member: Member) -> bytes:
-        """Content of a member.
-
-        Raises:
-            CollectionError: the shard cannot be read, or is shorter than it was.
-            PictureError: the member is larger than any picture that is decoded.
-        """
-        if member.size_bytes > MAX_STREAM_BYTES:
-            raise PictureError(
-                member.name,
-                got=f"{member.size_bytes} bytes",
-                wanted=f"at most {MAX_STREAM_BYTES} bytes",
-                remedy="score the picture as a file of its own",
-            )
-        try:
-            stream = self._opened(shard)
-            stream.seek(member.offset)
-            data = stream.read(member.size_bytes)
-        except OSError as error:
-            _refuse(shard, f"a file that cannot be read ({error.strerror})", "the shard as it was listed")
-        if len(data) != member.size_bytes:
-            _refuse(shard, f"a file that ends within {member.name!r}", "the shard as it was listed")
-        return data
-
-    def close(self) -> None:
-        """Closes the open shard."""
-        if self._stream is not None:
-            self._stream.close()
-        self._path, self._stream = "", None
-
-    def __enter__(self) -> ShardReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _opened(self, shard: str) -> BinaryIO:
-        if self._stream is None or self._path != shard:
-            self.close()
-            self._stream = open(shard, "rb")  # noqa: SIM115  kept open for the next member
-            self._path = shard
-        return self._stream
+    try:
+        size_bytes = os.stat(shard).st_size
+    except OSError as error:
+        _refuse(shard, f"a file that cannot be read ({error.strerror})", "the shard as it was listed")
+    if size_bytes < member.offset + member.size_bytes:
+        _refuse(shard, f"a file that ends within {member.name!r}", "the shard as it was listed")
+    return FilePart(member.name, shard, member.offset, member.size_bytes)
 
 
 def _require_plain(shard: str, info: tarfile.TarInfo) -> None:
