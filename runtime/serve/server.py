@@ -11,10 +11,9 @@ import sys
 import time
 from collections.abc import Iterator
 
-import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from runtime.serve.gate import problem, security_headers
 from runtime.serve.request_errors import RequestError
@@ -35,10 +34,10 @@ class QuietServer(uvicorn.Server):
         yield
 
 
-def _protocol_of(state: ServerState) -> type[H11Protocol]:
+def _protocol_of(state: ServerState) -> type[HttpToolsProtocol]:
     """The protocol of a server's connections: uvicorn's, with an answer of ours to bytes that are no HTTP request."""
 
-    class JsonErrorProtocol(H11Protocol):
+    class JsonErrorProtocol(HttpToolsProtocol):
         def send_400_response(self, msg: str) -> None:
             told = RequestError(
                 "connection",
@@ -51,9 +50,8 @@ def _protocol_of(state: ServerState) -> type[H11Protocol]:
             )
             response = problem("", told)
             response.headers.update(security_headers(""))
-            head = h11.Response(status_code=400, headers=response.raw_headers, reason=b"Bad Request")
-            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+            head = [b"HTTP/1.1 400 Bad Request", *(b"%s: %s" % header for header in response.raw_headers)]
+            self.transport.write(b"\r\n".join([*head, b"", bytes(response.body)]))
             self.transport.close()
             state.metrics.errors.labels(told.code).inc()
 
