@@ -440,7 +440,7 @@ class _NotFinite(GatedBackend):
         return outputs._replace(logits=np.where((images == 0).all((1, 2, 3)), np.nan, outputs.logits))
 
 
-def test_score_that_is_not_finite_is_the_servers_fault(bundle):
+def test_score_that_is_not_finite_is_the_servers_fault_and_stands_in_its_log(bundle, caplog):
     black, grey = (png(np.full((16, 16, 3), value, np.uint8)) for value in (0, 128))
     # Warming up with black pictures looks at no score.
     with hosted(bundle, backend=_NotFinite) as server:
@@ -451,7 +451,9 @@ def test_score_that_is_not_finite_is_the_servers_fault(bundle):
             tensor = {"name": "pictures", "shape": [len(urls)], "datatype": "BYTES", "data": urls}
             answer = server.post_json("/v2/models/tiny_pictures/infer", {"inputs": [tensor]})
             assert (answer.status, answer.json()["code"]) == (500, "score_not_finite")
+        caplog.clear()
         rows = server.infer(black, grey).json()["data"]
+        assert "got a score that is not a finite number" in caplog.text
         assert [row["status"] for row in rows] == ["ERROR", "SUCCESS"]
         assert rows[0]["error"]["code"] == "score_not_finite"
         assert server.counter('ntf_errors_total{code="score_not_finite"}') > 0
