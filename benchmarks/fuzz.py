@@ -28,7 +28,7 @@ import tyro
 from runtime.strict_json import canonical_json
 from train.provenance import machine, package_versions, tool_commit
 
-PACKAGES = ["atheris", "numpy", "pillow"]
+PACKAGES = ["atheris", "fastapi", "numpy", "pillow", "pydantic", "python-multipart", "starlette"]
 # libFuzzer's own exit statuses, for messages.
 _MEANING = {70: "it took too long", 71: "it took too much memory", 77: "an exception that is no refusal, or a crash"}
 _CHECK_EVERY = 500

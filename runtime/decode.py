@@ -22,6 +22,7 @@ from runtime.counted_streams import CountedBytes, CountedFile, CountedStream
 from runtime.errors import PictureError, PictureFormatError, PictureMemoryError, PictureTooLargeError
 from runtime.file_part import FilePart
 from runtime.jpeg_region import decode_jpeg_part, why_in_full
+from runtime.jpeg_scans import MOST_SCANS, has_too_many_scans
 from runtime.limits import MAX_PIXELS
 from runtime.pillow_guard import neutral_pillow
 from runtime.preprocess import Part, require_rgb
@@ -124,6 +125,7 @@ def decode_part(
         with _opened(source, name) as stream, _identified(stream, name) as image:
             _require_size(name, *image.size, max_pixels)
             _require_tile(name, image, max_pixels)
+            _require_few_scans(image, stream, name)
             return _jpeg_part(image, stream, part_of) or _decoded_part(image, part_of, name)
 
 
@@ -307,6 +309,19 @@ def _require_tile(name: str, image: Image.Image, max_pixels: int) -> None:
             wanted=f"at most {max_pixels} pixels in a tile",
             remedy="write it with smaller tiles",
         )
+
+
+def _require_few_scans(image: Image.Image, stream: BinaryIO, name: str) -> None:
+    if image.format not in ("JPEG", "MPO") or not image.info.get("progressive"):
+        return  # the scans of others are as long as what they describe
+    place = stream.tell()
+    stream.seek(0)
+    data = stream.read(_MAX_JPEG_BYTES + 1)
+    stream.seek(place)
+    if len(data) > _MAX_JPEG_BYTES:
+        raise _refusal(name, f"a progressive JPEG file of more than {_MAX_JPEG_BYTES} bytes", _WANTED, "save it anew")
+    if has_too_many_scans(data):
+        raise _refusal(name, "more scans than pictures have", f"at most {MOST_SCANS}", "save it anew")
 
 
 def _jpeg_part(image: Image.Image, stream: BinaryIO, part_of: Callable[[int, int], Part]) -> DecodedPart | None:

@@ -303,6 +303,7 @@ def test_header_that_takes_too_long_gives_503_in_time(gated, monkeypatch):
         answer = server.infer(png(random_images(1)[0]))
         assert (answer.status, answer.code) == (503, "deadline_exceeded")
         assert held.entered.is_set()
+        assert not held.over.is_set()
     assert server.infer(png(random_images(1)[0])).status == 200
 
 
@@ -439,17 +440,20 @@ class _NotFinite(GatedBackend):
         return outputs._replace(logits=np.where((images == 0).all((1, 2, 3)), np.nan, outputs.logits))
 
 
-def test_score_that_is_not_finite_is_the_servers_fault(bundle):
+def test_score_that_is_not_finite_is_the_servers_fault_and_stands_in_its_log(bundle, caplog):
     black, grey = (png(np.full((16, 16, 3), value, np.uint8)) for value in (0, 128))
     # Warming up with black pictures looks at no score.
     with hosted(bundle, backend=_NotFinite) as server:
         for pictures in ([black], [black, b"no picture"]):
             answer = server.infer(*pictures)
             assert (answer.status, answer.code) == (500, "score_not_finite")
-        tensor = {"name": "pictures", "shape": [1], "datatype": "BYTES", "data": [data_url(black)]}
-        answer = server.post_json("/v2/models/tiny_pictures/infer", {"inputs": [tensor]})
-        assert (answer.status, answer.json()["code"]) == (500, "score_not_finite")
+        for urls in ([data_url(black)], [data_url(grey), data_url(black)]):
+            tensor = {"name": "pictures", "shape": [len(urls)], "datatype": "BYTES", "data": urls}
+            answer = server.post_json("/v2/models/tiny_pictures/infer", {"inputs": [tensor]})
+            assert (answer.status, answer.json()["code"]) == (500, "score_not_finite")
+        caplog.clear()
         rows = server.infer(black, grey).json()["data"]
+        assert "got a score that is not a finite number" in caplog.text
         assert [row["status"] for row in rows] == ["ERROR", "SUCCESS"]
         assert rows[0]["error"]["code"] == "score_not_finite"
         assert server.counter('ntf_errors_total{code="score_not_finite"}') > 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
 import threading
+import time
 
 import pytest
 from bundle_fixtures import random_images
@@ -173,3 +175,19 @@ def test_bytes_that_are_no_request_get_the_same_kind_of_error(server):
         assert json.loads(body)["error"]["code"] == "malformed_request"
     assert server.counter('ntf_errors_total{code="malformed_request"}') == 2
     assert server.get("/readyz").status == 200
+
+
+def test_head_that_does_not_end_is_refused(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nA: ")
+        answer = b""
+        for _ in range(1000):  # 16 MiB at most
+            try:
+                connection.sendall(b"a" * (1 << 14))
+                time.sleep(0.001)
+            except OSError:
+                break
+        with contextlib.suppress(OSError):  # the rest of what was sent may reset the connection
+            answer = connection.recv(4096)
+    assert not answer or b'"head_too_large"' in answer
+    assert server.counter('ntf_errors_total{code="head_too_large"}') == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Coroutine, Sequence
 from functools import partial
@@ -69,10 +70,12 @@ async def results(request: Request, wanted: PictureRequest, state: ServerState) 
         for index, (picture, problem) in enumerate(zip(pictures, problems, strict=True))
     ]
     for one in found:
-        if one.error is not None:
-            state.metrics.errors.labels(one.error.code).inc()
-        else:
+        if one.error is None:
             state.metrics.verdicts.labels(one.verdict).inc()
+            continue
+        state.metrics.errors.labels(one.error.code).inc()
+        if STATUSES[one.error.code] >= 500:
+            logging.getLogger(__name__).error("%s", one.error.message)
     if all(one.error is not None for one in found):
         raise _nothing_scored(found)
     return found

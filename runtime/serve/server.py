@@ -13,10 +13,8 @@ from collections.abc import Iterator
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from runtime.serve.gate import problem, security_headers
-from runtime.serve.request_errors import RequestError
+from runtime.serve.protocol import protocol_of
 from runtime.serve.state import ServerState
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -34,36 +32,12 @@ class QuietServer(uvicorn.Server):
         yield
 
 
-def _protocol_of(state: ServerState) -> type[HttpToolsProtocol]:
-    """The protocol of a server's connections: uvicorn's, with an answer of ours to bytes that are no HTTP request."""
-
-    class JsonErrorProtocol(HttpToolsProtocol):
-        def send_400_response(self, msg: str) -> None:
-            told = RequestError(
-                "connection",
-                got="bytes that are no HTTP/1.1 request",
-                wanted="one",
-                remedy="use an HTTP client, and https:// only with a proxy in front",
-                status=400,
-                code="malformed_request",
-                close=True,
-            )
-            response = problem("", told)
-            response.headers.update(security_headers(""))
-            head = [b"HTTP/1.1 400 Bad Request", *(b"%s: %s" % header for header in response.raw_headers)]
-            self.transport.write(b"\r\n".join([*head, b"", bytes(response.body)]))
-            self.transport.close()
-            state.metrics.errors.labels(told.code).inc()
-
-    return JsonErrorProtocol
-
-
 def uvicorn_server(app: FastAPI, *, access_log: bool = False) -> QuietServer:
     """A server of an application that is not running."""
     state: ServerState = app.state.server
     config = uvicorn.Config(
         app,
-        http=_protocol_of(state),
+        http=protocol_of(state),
         ws="none",
         lifespan="on",
         log_config=None,
