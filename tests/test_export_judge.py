@@ -186,6 +186,7 @@ def test_one_picture_is_always_allowed_and_nan_never_is():
     fits = cost(ap={ALL: 0.0}, flips=0.5)
     assert fits.excess(BUDGET) == []
     assert Cost("x", 100, {ALL: 0.0}, 1.0, 1.0, 0.0, 0.1).excess(BUDGET) == []
+    assert Cost("x", 50, {ALL: 0.0}, 2.0, 2.0, 0.0, 0.1).excess(BUDGET) == []  # above both budgets, one picture each
     assert Cost("x", 100, {ALL: 0.0}, 1.0, 2.0, 0.0, 0.1).excess(BUDGET) == ["verdict flips 2.00 points, at most 1.00"]
     assert len(cost(ap={ALL: 0.0}, flips=float("nan")).excess(BUDGET)) == 1
 

@@ -29,8 +29,8 @@ PICTURE_BYTES = (16 * 16 * 3, 4, 4, 4 * 128, 4 * 4 * 4)
 L4 = CudaDevice("sm89", "NVIDIA L4")
 # Largest difference from float64 NumPy: on the host the outputs are NumPy's, rounded to float32.
 HOST_TOLERANCE = 1e-6
-# Factors of 10 bits, as TF32 has, move these outputs by up to 7e-4, so that a GPU which used it would be seen. What
-# another order of sums does, no device has measured.
+# Factors of 10 bits, as TF32 has, move these outputs by up to 7e-4, so that a GPU which used it would be seen. No
+# device has measured what another order of sums does.
 DEVICE_TOLERANCE = 5e-5
 
 
