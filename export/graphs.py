@@ -11,6 +11,7 @@ from onnx import ModelProto
 from export.calibration import PreparedPictures
 from export.graph import copy_of, float_tensors, model_bytes
 from export.int8 import Int8Search, Say, int8_within_budget
+from export.int8_kept import KeptInt8
 from export.judge import Candidate, Judge
 from export.onnx_export import check_contract, input_size
 from export.precision import fp16_from_fp32, fp32_layers
@@ -44,6 +45,7 @@ def reduced_graphs(
     *,
     calibrator: str = "auto",
     smallest_share: float = 0.5,
+    kept: KeptInt8 | None = None,
     say: Say = lambda message: None,
 ) -> tuple[list[PrecisionGraph], Int8Search | None]:
     """Graphs of the asked precisions below FP32, each checked against the contract, and how INT8 was found.
@@ -57,6 +59,7 @@ def reduced_graphs(
         judge: says what an INT8 graph costs.
         calibrator: of INT8 ranges, see `int8_within_budget`.
         smallest_share: of the operations that must stay in INT8, see there.
+        kept: where INT8 is taken from when it was found before, and kept when it is found now; None for neither.
         say: told what is being done.
 
     Raises:
@@ -73,17 +76,22 @@ def reduced_graphs(
         say("rewriting to FP16")
         graphs.append(checked_graph("fp16", fp16_from_fp32(fp32, wide), wide))
     if "int8" in asked:
-        say("quantising to INT8")
-        model, search = int8_within_budget(
-            fp32,
-            largest,
-            pictures,
-            judge,
-            for_engines=lambda model: fp16_from_fp32(model, wide),
-            calibrator=calibrator,
-            smallest_share=smallest_share,
-            say=say,
-        )
+        found = None if kept is None else kept.load(say)
+        if found is None:
+            say("quantising to INT8")
+            found = int8_within_budget(
+                fp32,
+                largest,
+                pictures,
+                judge,
+                for_engines=lambda model: fp16_from_fp32(model, wide),
+                calibrator=calibrator,
+                smallest_share=smallest_share,
+                say=say,
+            )
+            if kept is not None:
+                kept.save(*found, say)
+        model, search = found
         graphs += int8_graphs(model, float_layers(fp32) | search.returned, wide)
     return graphs, search
 

@@ -84,7 +84,7 @@ class Judge:
                 remedy='pip install "ntf-toolkit[export]"',
             )
         self.pictures, self.reference, self.budget = pictures, reference, budget
-        self._run = calibration
+        self.run_calibration = calibration
         self._manifest, self._progress = manifest, progress
         self.backends = sorted(backends, key=lambda name: name != CALIBRATED_ON)
         records = pictures.pictures.records
@@ -112,7 +112,9 @@ class Judge:
                 calibration = calibration or self._fitted(logits)
                 found.append(self._cost(shown, candidate.precision, logits, calibration))
             except DataError:  # logits that do not rise with the label: no temperature makes probabilities of them
-                found.append(replace(self._cost(shown, candidate.precision, logits, self._run), ece=math.inf))
+                found.append(
+                    replace(self._cost(shown, candidate.precision, logits, self.run_calibration), ece=math.inf)
+                )
             if found[-1].excess(self.budget):
                 break
         return tuple(found)
@@ -175,9 +177,9 @@ class Judge:
         fitted = fit_calibration(
             logits,
             self._labels,
-            real_flagged_rate=self._run.real_flagged_rate,
-            fake_missed_rate=self._run.fake_missed_rate,
-            rule=self._run.threshold_rule,
+            real_flagged_rate=self.run_calibration.real_flagged_rate,
+            fake_missed_rate=self.run_calibration.fake_missed_rate,
+            rule=self.run_calibration.threshold_rule,
         )
         return matched_thresholds(fitted, logits, self._centred.verdicts(self.reference))
 

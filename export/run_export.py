@@ -38,6 +38,7 @@ from export.errors import ExportError
 from export.foreign import foreign_int8
 from export.graphs import PrecisionGraph, checked_graph, reduced_graphs
 from export.int8 import BudgetError
+from export.int8_kept import KEPT_FILE, KeptInt8, saying_what_is_kept, search_key
 from export.int8_report import write_search
 from export.judge import BATCH_SIZE, CALIBRATED_ON, Candidate, Judge
 from export.onnx_export import onnx_from_model, torch_outputs
@@ -110,7 +111,8 @@ def export_run(options: Options) -> Bundle:
         manifest = replace(manifest, calibration_list=spec)
     if tensorrt is not None:
         sources = [engine_source(manifest, precision) for precision in precisions]
-        with build_display(console) as display:
+        kept_file = run / KEPT_FILE if "int8" in precisions and options.qdq_onnx is None else None
+        with build_display(console) as display, saying_what_is_kept(kept_file):
             engines = build_engines(
                 sources, lambda source: files[source.file], profile, engine_settings(options),
                 tensorrt=tensorrt, old=old, display=display,
@@ -190,6 +192,7 @@ def narrow_graphs(
     """
     if options.qdq_onnx is not None:
         precisions = [*(name for name in precisions if name != "int8")]
+    kept = kept_int8(options, fp32, pictures, judge, run) if "int8" in precisions else None
     try:
         graphs, search = reduced_graphs(
             fp32,
@@ -198,6 +201,7 @@ def narrow_graphs(
             judge,
             calibrator=options.calibrator,
             smallest_share=options.int8_share,
+            kept=kept,
             say=console.print,
         )
     except BudgetError as error:
@@ -209,6 +213,12 @@ def narrow_graphs(
         graphs.append(foreign_int8(options.qdq_onnx, fp32))
         refuse_over_budget(graphs[-1], judge)
     return graphs
+
+
+def kept_int8(options: Options, fp32: ModelProto, pictures: PreparedPictures, judge: Judge, run: Path) -> KeptInt8:
+    """Where the run keeps the INT8 graph that these options find."""
+    key = search_key(fp32, pictures, judge, calibrator=options.calibrator, smallest_share=options.int8_share)
+    return KeptInt8(run / KEPT_FILE, key)
 
 
 def refuse_over_budget(graph: PrecisionGraph, judge: Judge) -> None:

@@ -19,6 +19,7 @@ import export.folder_swap
 from export.bundling import existing_bundle, golden_content, golden_images
 from export.errors import ExportError
 from export.folder_swap import replaced_folder
+from export.int8_kept import KEPT_FILE
 from runtime.backends import open_backend
 from runtime.bundle import newest_bundle, open_bundle
 
@@ -237,6 +238,7 @@ def test_two_exports_in_fresh_processes_give_the_same_bytes_whatever_the_order_o
     from exported import EXPORT_OPTIONS, finished_run
 
     for seed in ("1", "2"):
+        (finished_run() / KEPT_FILE).unlink(missing_ok=True)  # INT8 is searched each time
         command = ["-m", "export.trt", "--run", finished_run(), "--model", tmp_path / seed / "tiny", "--no-engine"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
         done = subprocess.run(

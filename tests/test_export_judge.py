@@ -9,6 +9,7 @@ import pytest
 from exported import finished_run, full_bundle, graphs, pictures
 from onnx import numpy_helper
 
+import export.judge
 from export.budget import Budget, Cost
 from export.calibration import PreparedPictures
 from export.errors import ExportError
@@ -22,6 +23,7 @@ from runtime.manifest import CalibrationSpec
 from runtime.preprocess import PreprocessSpec
 from train.checkpoint import load_calibration, load_detector
 from train.data import load_split
+from train.metrics import fit_calibration
 from train.scoring import score_pictures
 
 BUDGET = Budget(ap=0.5, accuracy=1.0, flips=0.5, ece=2.0)
@@ -144,6 +146,25 @@ def test_one_fake_that_is_missed_costs_its_generator_and_one_picture_of_accuracy
     assert cost.flips == pytest.approx(2.5)
 
 
+def test_the_thresholds_of_a_precision_are_moved_towards_the_verdicts_of_pytorch(judge):
+    logits = judge.scores(candidate("fp32"), "onnxruntime")
+    run = load_calibration(finished_run())
+    rates = {"real_flagged_rate": run.real_flagged_rate, "fake_missed_rate": run.fake_missed_rate}
+    fitted = fit_calibration(logits, judge._labels, **rates)
+    wanted = judge._centred.verdicts(judge.reference)
+    calibration, _ = judge.parity([candidate("fp32")])
+    assert calibration["fp32"] == matched_thresholds(fitted, logits, wanted) != fitted
+
+
+def test_a_graph_for_engines_is_run_without_the_optimiser_that_would_drop_its_integers(judge, monkeypatch):
+    opened, open_session = [], export.judge.open_session
+    monkeypatch.setattr(
+        export.judge, "open_session", lambda model, **options: opened.append(options) or open_session(model, **options)
+    )
+    judge.scores(candidate("fp32", with_logits(0.5)), NODE_BY_NODE)
+    assert opened == [{"optimize": False}]
+
+
 def test_without_a_backend_nothing_can_be_judged(judge):
     with pytest.raises(ExportError, match="no back-end that runs here"):
         Judge(judge.pictures, judge.reference, load_calibration(finished_run()), judge._manifest, [], BUDGET)
@@ -165,6 +186,7 @@ def test_one_picture_is_always_allowed_and_nan_never_is():
     fits = cost(ap={ALL: 0.0}, flips=0.5)
     assert fits.excess(BUDGET) == []
     assert Cost("x", 100, {ALL: 0.0}, 1.0, 1.0, 0.0, 0.1).excess(BUDGET) == []
+    assert Cost("x", 50, {ALL: 0.0}, 2.0, 2.0, 0.0, 0.1).excess(BUDGET) == []  # above both budgets, one picture each
     assert Cost("x", 100, {ALL: 0.0}, 1.0, 2.0, 0.0, 0.1).excess(BUDGET) == ["verdict flips 2.00 points, at most 1.00"]
     assert len(cost(ap={ALL: 0.0}, flips=float("nan")).excess(BUDGET)) == 1
 

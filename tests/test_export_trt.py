@@ -18,7 +18,9 @@ import export.run_export
 from export.budget import Cost
 from export.bundling import golden_images
 from export.engine_artifacts import engine_source
+from export.errors import ExportError
 from export.graph import copy_of, model_bytes
+from export.int8_kept import KEPT_FILE
 from export.trt import main
 from export.trt_options import Options, asked_precisions
 from runtime import Detector
@@ -111,12 +113,33 @@ def test_two_exports_of_the_same_weights_give_the_same_graph():
     assert (full_bundle() / "model.fp32.onnx").read_bytes() == model_bytes(fp32_graph("test_resnet"))
 
 
-def test_int8_alone_also_writes_the_fp32_graph_and_the_same_bytes_as_an_export_of_all(tmp_path, quick):
-    assert run_main(tmp_path / "tiny", "--int8", "--no-engine") == 0
-    made = files(tmp_path / "tiny")
-    assert sorted(artifacts(tmp_path / "tiny")) == ["model.fp32.onnx", "model.int8-fp16.onnx", "model.int8.onnx"]
+def test_int8_alone_gives_the_bytes_of_an_export_of_all_and_a_refused_engine_costs_no_second_search(
+    tmp_path, quick, capsys, monkeypatch
+):
+    full_bundle()
+    kept, folder = finished_run() / KEPT_FILE, tmp_path / "tiny"
+    kept.unlink()  # what the export of all found
+
+    def refuse(*arguments, **settings):
+        raise ExportError("int8 engine", got="no tactic", wanted="an engine", remedy="allow more memory")
+
+    monkeypatch.setattr("export.run_export.installed_tensorrt", lambda *arguments: "one that refuses")
+    monkeypatch.setattr("export.run_export.build_engines", refuse)
+    assert run_main(folder, "--int8") == 1
+    captured = capsys.readouterr()
+    assert "quantising to INT8" in captured.out
+    assert f"allow more memory. The INT8 graph that was found is kept in {kept}: the same export" in captured.err
+    assert not folder.exists()
+
+    monkeypatch.setattr("export.graphs.int8_within_budget", None)
+    report = finished_run() / "report" / "int8" / "int8.json"
+    searched = report.read_text()
+    assert run_main(folder, "--int8", "--no-engine") == 0
+    assert f"INT8 as an earlier export of the same found it: {kept}" in capsys.readouterr().out
+    assert report.read_text() == searched
+    assert sorted(artifacts(folder)) == ["model.fp32.onnx", "model.int8-fp16.onnx", "model.int8.onnx"]
     for name in ("model.int8.onnx", "model.int8-fp16.onnx", "calibration.json"):
-        assert made[name] == (full_bundle() / name).read_bytes()
+        assert (folder / name).read_bytes() == (full_bundle() / name).read_bytes()
 
 
 def test_asking_for_one_precision_keeps_the_others_and_the_engine_that_would_be_built_again(bundle, quick, capsys):
