@@ -18,6 +18,7 @@ from cpp_ext.reference import Denominator, Form
 from runtime.errors import BundleError
 from runtime.manifest import ThresholdRule
 from runtime.strict_json import from_jsonable
+from train.encoder import EncoderInput
 from train.encoder_weights import PACKAGE_ENCODER, PACKAGE_WEIGHTS
 from train.equalize import EqualizeConfig
 from train.errors import ConfigError
@@ -51,13 +52,21 @@ class ModelConfig:
     encoder_depths: tuple[int, ...] = ()
     """Stages of a convolutional network, or blocks of a ViT, counted from 0, that join the embedding: class tokens of a
     ViT, mean and standard deviation of a map. Traces of synthesis are low-level."""
+    encoder_input: EncoderInput = "rgb"
+    """What the encoder reads: the picture, its high-frequency residual (each pixel without the mean of the 3 x 3 around
+    it, amplified), or both, whose two embeddings are joined and cost two passes. The filter is part of the exported
+    graph."""
     standardize: bool = False
     """Heads read the frozen encoder's embedding with mean 0 and standard deviation 1 in each dimension, taken over the
     training pictures' centre crops before anything is trained."""
 
     def encoder_options(self) -> dict[str, Any]:
         """Keyword arguments of `train.encoder.Encoder`: what makes the timm network another encoder."""
-        return {"early_downsampling": self.early_downsampling, "depths": self.encoder_depths}
+        return {
+            "early_downsampling": self.early_downsampling,
+            "depths": self.encoder_depths,
+            "reads": self.encoder_input,
+        }
 
 
 @dataclass(frozen=True)
