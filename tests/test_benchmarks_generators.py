@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from benchmarks.diagnosis import alignment, margin, uniformity
+from benchmarks.generators_ideas import IDEAS, ideas_section
 from benchmarks.generators_report import RESULTS, document
 from benchmarks.real_generators import RECIPES, main, write_hold_out
 from train.ablation_plan import load_plan
@@ -17,6 +18,11 @@ from train.config import config_from_dict, preset_config
 from train.data import load_split, scan_pictures
 from train.errors import ConfigError
 from train.pictures import PictureRecord, PictureSet
+
+IDEA_VARIANTS = {
+    recipe: {name for idea in IDEAS for name in (*idea.variants.get(recipe, ()), idea.beside.get(recipe)) if name}
+    for recipe in ("edge", "server")
+}
 
 
 @pytest.fixture
@@ -132,6 +138,29 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
     assert "| ntf | loss.eta = 0.1 | 70.0 | 70.0 |" in text
     assert "- broken: a sentence" in text
     assert "65.0 to 75.0" in text
+
+
+def test_each_idea_says_what_it_gained_or_lost_beside_the_variant_without_it():
+    names = [*IDEA_VARIANTS["edge"], "depths+eta=0.02"]
+    means = dict.fromkeys(names, 0.6) | {"depths+eta=0.02": 0.7, "depths+eta=0.02+rgb-residual": 0.75}
+    means["depths+eta=0.02+views"] = None
+    text = ideas_section("edge", {"variants": {name: {"mean": mean} for name, mean in means.items()}})
+    assert "depths+eta=0.02+residual 60.0, depths+eta=0.02+rgb-residual 75.0; depths+eta=0.02 70.0." in text
+    assert "It gains 5.0 points at best, with depths+eta=0.02+rgb-residual." in text
+    assert "32px 60.0; depths+eta=0.02 70.0. It loses 10.0 points at best, with depths+eta=0.02+32px." in text
+    assert "depths+eta=0.02+views failed; depths+eta=0.02 70.0." in text
+    assert "--views five" in text
+
+
+def test_ideas_that_a_study_has_not_tried_are_left_out():
+    text = ideas_section("edge", {"variants": {"depths+eta=0.02": {"mean": 0.7}}})
+    assert "**Several crops of a test picture.**" in text
+    assert text.count("**") == 2
+
+
+@pytest.mark.parametrize("name", sorted(IDEA_VARIANTS))
+def test_variants_of_the_ideas_are_candidates_of_the_recipe(name):
+    assert IDEA_VARIANTS[name] <= json.loads((RECIPES / f"{name}.json").read_text())["candidates"].keys()
 
 
 @pytest.mark.parametrize("name", ["edge", "server"])
