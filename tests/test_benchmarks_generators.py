@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from exported import finished_run
+from exported import pictures as tiny_pictures
 from torch.nn.functional import normalize
 
-from benchmarks.diagnosis import alignment, margin, uniformity
+from benchmarks.diagnosis import alignment, diagnose, margin, uniformity
 from benchmarks.generators_ideas import IDEAS, ideas_section
 from benchmarks.generators_report import RESULTS, document
 from benchmarks.real_generators import RECIPES, main, write_hold_out
@@ -62,6 +64,15 @@ def test_alignment_uniformity_and_margin_of_hand_computed_cases():
     many = normalize(torch.randn(50, 8, generator=torch.manual_seed(0)), dim=1)
     assert alignment(many) == pytest.approx(float(torch.pdist(many).square().mean()), rel=1e-5)
     assert margin(np.array([0.0, 2, 4, 6], np.float32), np.array([0, 0, 1, 1])) == pytest.approx(4.0)
+
+
+def test_runs_on_one_encoder_look_at_each_picture_once(monkeypatch):
+    sets, known = {"held out": load_split(tiny_pictures(), "val").records}, {}
+    first = diagnose(finished_run(), sets, known)
+    assert first["held out"]["margin"] > 1
+    assert len(known) == 1
+    monkeypatch.setattr("benchmarks.diagnosis.embedded_batches", None)
+    assert diagnose(finished_run(), sets, known) == first
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.json")))
