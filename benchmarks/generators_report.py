@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.generators_ideas import ideas_section
+from benchmarks.generators_ideas import UNMEASURED, ideas_section
 from train.checkpoint import write_atomically
 from train.markdown import markdown_table, percent
 
@@ -48,7 +48,7 @@ def document(results: Sequence[Mapping[str, Any]]) -> str:
             sections += ["### Test", _final(found)]
         if "choice" in found:
             sections += ["### Choice on held-out generators", _choice(found["choice"], found["recipe"])]
-    return "\n\n".join(sections)
+    return "\n\n".join([*sections, UNMEASURED])
 
 
 def _choice(choice: Mapping[str, Any], recipe: str) -> str:
@@ -68,7 +68,8 @@ def _choice(choice: Mapping[str, Any], recipe: str) -> str:
         text += f" Among all that were tried, **{choice['best_of_all']}** is best on the held-out generators."
     failures = [f"- {n}: {sentence}" for n, v in choice["variants"].items() for sentence in v.get("failures", [])]
     parts = [table, text, *(["Failed:\n\n" + "\n".join(failures)] if failures else [])]
-    parts += ["#### What else was tried", ideas_section(recipe, choice)]
+    tried = ideas_section(recipe, choice)
+    parts += ["#### What else was tried", tried] if tried else []
     if "diagnosis" in choice:
         parts += ["#### What the terms do", _diagnosis(choice["diagnosis"])]
     return "\n\n".join([*parts, _where(choice)])

@@ -152,21 +152,22 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
 
 
 def test_each_idea_says_what_it_gained_or_lost_beside_the_variant_without_it():
-    names = [*IDEA_VARIANTS["edge"], "depths+eta=0.02"]
-    means = dict.fromkeys(names, 0.6) | {"depths+eta=0.02": 0.7, "depths+eta=0.02+rgb-residual": 0.75}
-    means["depths+eta=0.02+views"] = None
-    text = ideas_section("edge", {"variants": {name: {"mean": mean} for name, mean in means.items()}})
-    assert "depths+eta=0.02+residual 60.0, depths+eta=0.02+rgb-residual 75.0; depths+eta=0.02 70.0." in text
-    assert "It gains 5.0 points at best, with depths+eta=0.02+rgb-residual." in text
-    assert "32px 60.0; depths+eta=0.02 70.0. It loses 10.0 points at best, with depths+eta=0.02+32px." in text
-    assert "depths+eta=0.02+views failed; depths+eta=0.02 70.0." in text
-    assert "--views five" in text
+    means = {"depths+eta=0.02": 0.7, "depths+eta=0.02+residual": 0.6, "depths+eta=0.02+rgb-residual": None}
+
+    def text(**changes):
+        found = {name: {"mean": mean} for name, mean in (means | changes).items()}
+        return ideas_section("edge", {"variants": found})
+
+    assert "depths+eta=0.02+residual 60.0, depths+eta=0.02+rgb-residual failed; depths+eta=0.02 70.0." in text()
+    assert "It loses 10.0 points at best, with depths+eta=0.02+residual." in text()
+    assert "It gains 5.0 points at best, with depths+eta=0.02+rgb-residual." in text(
+        **{"depths+eta=0.02+rgb-residual": 0.75}
+    )
+    assert "at best" not in text(**{"depths+eta=0.02+residual": None})
 
 
 def test_ideas_that_a_study_has_not_tried_are_left_out():
-    text = ideas_section("edge", {"variants": {"depths+eta=0.02": {"mean": 0.7}}})
-    assert "**Several crops of a test picture.**" in text
-    assert text.count("**") == 2
+    assert ideas_section("edge", {"variants": {"depths+eta=0.02": {"mean": 0.7}}}) == ""
 
 
 @pytest.mark.parametrize("name", sorted(IDEA_VARIANTS))
