@@ -88,4 +88,4 @@ def _outcome(tried: list[str], beside: str, variants: Mapping[str, Mapping[str, 
         return text
     best = max(found, key=lambda name: found[name])
     points = 100 * (found[best] - means[beside])
-    return f"{text} It {'gains' if points > 0 else 'loses'} {abs(points):.1f} points at best, with {best}."
+    return f"{text} It {'gains' if points > 0 else 'loses'} {abs(points):.2f} points at best, with {best}."

@@ -134,6 +134,9 @@ def _final(found: Mapping[str, Any]) -> str:
         f"{', '.join(map(str, final['seeds']))}. † not counted in means ({notes}). Trivial features: AUC of file "
         "length, size and format alone, `python -m train.audit`."
     )
+    chosen = found.get("choice", {}).get("chosen")
+    if chosen is not None and chosen not in final["variants"]:
+        text += f" **{chosen}**, which was chosen since, is not in the table: `--step final` evaluates it."
     return "\n\n".join([table, text, _decisions(final, counted), _intervals(final, generators), _where(final)])
 
 

@@ -124,24 +124,21 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
         "seeds": [0],
         "environment": where,
     }
-    text = document(
-        [
-            {
-                "recipe": "edge",
-                "encoder": "lite",
-                "unseen": ["new", "newer"],
-                "not_in_means": {"faces": "no real faces"},
-                "choice": choice,
-                "final": {
-                    "variants": {"ntf": variant},
-                    "trivial_auc": {"new": 0.55},
-                    "pictures": {name: [10, 12] for name in aps},
-                    "seeds": [0, 1],
-                    "environment": where,
-                },
-            }
-        ]
-    )
+    results = {
+        "recipe": "edge",
+        "encoder": "lite",
+        "unseen": ["new", "newer"],
+        "not_in_means": {"faces": "no real faces"},
+        "choice": choice,
+        "final": {
+            "variants": {"ntf": variant},
+            "trivial_auc": {"new": 0.55},
+            "pictures": {name: [10, 12] for name in aps},
+            "seeds": [0, 1],
+            "environment": where,
+        },
+    }
+    text = document([results])
     assert "| ntf | 70.0 ± 1.0 | 80.0 ± 1.0 | 90.0 ± 1.0 | 100.0 ± 1.0 | 70.0 ± 7.1 | 75.0 ± 7.1 |" in text
     assert "| trivial features, AUC | 55.0 | n/a | n/a | n/a |" in text
     assert "Chosen for the test: **ntf**" in text
@@ -149,6 +146,9 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
     assert "| ntf | loss.eta = 0.1 | 70.0 | 70.0 |" in text
     assert "- broken: a sentence" in text
     assert "65.0 to 75.0" in text
+    assert "chosen since" not in text
+    later = results | {"choice": choice | {"chosen": "probe"}}
+    assert "**probe**, which was chosen since, is not in the table: `--step final` evaluates it." in document([later])
 
 
 def test_each_idea_says_what_it_gained_or_lost_beside_the_variant_without_it():
@@ -159,8 +159,8 @@ def test_each_idea_says_what_it_gained_or_lost_beside_the_variant_without_it():
         return ideas_section("edge", {"variants": found})
 
     assert "depths+eta=0.02+residual 60.0, depths+eta=0.02+rgb-residual failed; depths+eta=0.02 70.0." in text()
-    assert "It loses 10.0 points at best, with depths+eta=0.02+residual." in text()
-    assert "It gains 5.0 points at best, with depths+eta=0.02+rgb-residual." in text(
+    assert "It loses 10.00 points at best, with depths+eta=0.02+residual." in text()
+    assert "It gains 5.00 points at best, with depths+eta=0.02+rgb-residual." in text(
         **{"depths+eta=0.02+rgb-residual": 0.75}
     )
     assert "at best" not in text(**{"depths+eta=0.02+residual": None})
