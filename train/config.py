@@ -290,15 +290,19 @@ class RunConfig:
 def preset_config(preset: Preset) -> RunConfig:
     """The paper's settings; the demo's, which two cores train in minutes; or what was best on held-out generators.
 
-    "edge" and "server" are what was best on held-out generators in docs/results.md: heads on a frozen encoder,
-    EfficientNet-lite0 or a CLIP ViT-B/16, that read several depths of it, without the contrastive loss. The weights
-    of the latter are in no package.
+    "edge" and "server" are what was best on held-out generators in docs/results.md: heads on a frozen encoder that read
+    several depths of it. "edge" is EfficientNet-lite0 on the picture and on its residual, with little of the natural
+    traces in the contrastive loss; "server" is a CLIP ViT-B/16, whose weights are in no package, without that loss.
     """
     if preset == "edge":
-        return _heads_on(ModelConfig(encoder_depths=(0, 1, 2, 3, 4)), preset)
+        return _heads_on(
+            ModelConfig(encoder_depths=(0, 1, 2, 3, 4), encoder_input="both"), LossConfig(eta=0.02), preset
+        )
     if preset == "server":
         clip = "vit_base_patch16_clip_quickgelu_224"
-        return _heads_on(ModelConfig(encoder=clip, encoder_weights="", encoder_depths=(5, 7, 9)), preset)
+        model = ModelConfig(encoder=clip, encoder_weights="", encoder_depths=(5, 7, 9))
+        # With so few fakes the contrastive loss separates the training pictures alone.
+        return _heads_on(model, LossConfig(scl_weight=0.0), preset)
     if preset == "paper":
         model = ModelConfig(encoder="resnet50", encoder_weights="")
         return RunConfig(preset="paper", model=model, workers=8)
@@ -313,14 +317,12 @@ def preset_config(preset: Preset) -> RunConfig:
     )
 
 
-def _heads_on(model: ModelConfig, preset: Preset) -> RunConfig:
-    """Heads on several depths of a frozen encoder, without the contrastive loss."""
+def _heads_on(model: ModelConfig, loss: LossConfig, preset: Preset) -> RunConfig:
+    """Heads on several depths of a frozen encoder."""
     return RunConfig(
         preset=preset,
         model=replace(model, standardize=True, head_width=512),
-        # With so few fakes the contrastive loss separates the training pictures alone: held-out generators are found
-        # as well or better without it (docs/results.md). With it, --eta 0.02 was best.
-        loss=LossConfig(scl_weight=0.0),
+        loss=loss,
         augment=AugmentConfig(flip=False),
         stage1=Stage1Config(epochs=10, lr=1e-3, weight_decay=1e-2, optimizer="adamw", train_encoder=False),
         stage2=Stage2Config(epochs=12, lr=1e-3, weight_decay=1e-2, optimizer="adamw", class_balance=True, scl_crop=224),
