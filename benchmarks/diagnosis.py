@@ -7,6 +7,7 @@ difference between the mean logits of fakes and of real pictures, in standard de
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,28 +17,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.checkpoint import load_config, load_detector
+from train.feature_cache import weights_sha256
 from train.losses import spread_of
 from train.methods import METHODS
 from train.pictures import PictureRecord
-from train.scoring import embed_pictures
+from train.scoring import embedded_batches
 from train.session import with_store
 
 UNIFORMITY_T = 2.0  # the paper's
 
 
 @torch.inference_mode()
-def diagnose(run: Path, sets: dict[str, Sequence[PictureRecord]]) -> dict[str, dict[str, float]]:
+def diagnose(
+    run: Path, sets: dict[str, Sequence[PictureRecord]], known: dict[str, Tensor]
+) -> dict[str, dict[str, float]]:
     """Figures of a finished run on each set of pictures.
 
     Args:
         run: run folder with its weights.
         sets: labelled pictures by name, both classes in each.
+        known: what encoders gave of these sets, before it is standardised; new ones are added, so that runs on the
+            same encoder look at each picture once.
     """
     config, detector = load_config(run), load_detector(run)
     with_store(detector.encoder, config)
+    encoder = json.dumps([weights_sha256(detector.encoder.net), config.model.encoder_options()])
     found = {}
     for name, records in sets.items():
-        embeddings = embed_pictures(detector, records)
+        key = f"{name} {encoder}"
+        if key not in known:
+            known[key] = torch.cat(list(embedded_batches(detector, records, standardized=False)))
+        embeddings = detector.encoder.standardizer(known[key])
         rows = detector.projection(embeddings)
         labels = np.array([record.label for record in records])
         figures = {"margin": margin(detector.classify(embeddings, rows).numpy(), labels)}

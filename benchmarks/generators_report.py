@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.generators_ideas import UNMEASURED, ideas_section
 from train.checkpoint import write_atomically
 from train.markdown import markdown_table, percent
 
@@ -46,11 +47,11 @@ def document(results: Sequence[Mapping[str, Any]]) -> str:
         if "final" in found:
             sections += ["### Test", _final(found)]
         if "choice" in found:
-            sections += ["### Choice on held-out generators", _choice(found["choice"])]
-    return "\n\n".join(sections)
+            sections += ["### Choice on held-out generators", _choice(found["choice"], found["recipe"])]
+    return "\n\n".join([*sections, UNMEASURED])
 
 
-def _choice(choice: Mapping[str, Any]) -> str:
+def _choice(choice: Mapping[str, Any], recipe: str) -> str:
     held_out = choice["hold_out"]
     rows, common = [], _common(choice["variants"].values())
     for name, figures in sorted(choice["variants"].items(), key=lambda item: -(item[1]["mean"] or 0)):
@@ -67,6 +68,8 @@ def _choice(choice: Mapping[str, Any]) -> str:
         text += f" Among all that were tried, **{choice['best_of_all']}** is best on the held-out generators."
     failures = [f"- {n}: {sentence}" for n, v in choice["variants"].items() for sentence in v.get("failures", [])]
     parts = [table, text, *(["Failed:\n\n" + "\n".join(failures)] if failures else [])]
+    tried = ideas_section(recipe, choice)
+    parts += ["#### What else was tried", tried] if tried else []
     if "diagnosis" in choice:
         parts += ["#### What the terms do", _diagnosis(choice["diagnosis"])]
     return "\n\n".join([*parts, _where(choice)])
@@ -131,6 +134,9 @@ def _final(found: Mapping[str, Any]) -> str:
         f"{', '.join(map(str, final['seeds']))}. † not counted in means ({notes}). Trivial features: AUC of file "
         "length, size and format alone, `python -m train.audit`."
     )
+    chosen = found.get("choice", {}).get("chosen")
+    if chosen is not None and chosen not in final["variants"]:
+        text += f" **{chosen}**, which was chosen since, is not in the table: `--step final` evaluates it."
     return "\n\n".join([table, text, _decisions(final, counted), _intervals(final, generators), _where(final)])
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
+from torch import Tensor
 
 from benchmarks.diagnosis import diagnose
 from benchmarks.generators_report import DOCUMENT, RESULTS, write_document
@@ -180,7 +181,9 @@ def _diagnosis(report: AblationReport, listed: Path, out: Path, seed: int) -> di
     """Margins and rows of each variant's first seed on training pictures and on the held-out generator's."""
     pictures = scan_pictures(listed)
     sets = {"trained on": pictures.split("train").records, "held out": pictures.split("val").records}
-    return {v.name: diagnose(out / "runs" / v.name / f"seed-{seed}", sets) for v in report.variants if not v.failed}
+    known: dict[str, Tensor] = {}
+    runs = {v.name: out / "runs" / v.name / f"seed-{seed}" for v in report.variants if not v.failed}
+    return {name: diagnose(run, sets, known) for name, run in runs.items()}
 
 
 def _held_out_figures(name: str, reports: dict[str, AblationReport]) -> dict[str, Any]:

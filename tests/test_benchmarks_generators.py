@@ -7,9 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from exported import finished_run
+from exported import pictures as tiny_pictures
 from torch.nn.functional import normalize
 
-from benchmarks.diagnosis import alignment, margin, uniformity
+from benchmarks.diagnosis import alignment, diagnose, margin, uniformity
+from benchmarks.generators_ideas import IDEAS, ideas_section
 from benchmarks.generators_report import RESULTS, document
 from benchmarks.real_generators import RECIPES, main, write_hold_out
 from train.ablation_plan import load_plan
@@ -17,6 +20,11 @@ from train.config import config_from_dict, preset_config
 from train.data import load_split, scan_pictures
 from train.errors import ConfigError
 from train.pictures import PictureRecord, PictureSet
+
+IDEA_VARIANTS = {
+    recipe: {name for idea in IDEAS for name in (*idea.variants.get(recipe, ()), idea.beside.get(recipe)) if name}
+    for recipe in ("edge", "server")
+}
 
 
 @pytest.fixture
@@ -56,6 +64,15 @@ def test_alignment_uniformity_and_margin_of_hand_computed_cases():
     many = normalize(torch.randn(50, 8, generator=torch.manual_seed(0)), dim=1)
     assert alignment(many) == pytest.approx(float(torch.pdist(many).square().mean()), rel=1e-5)
     assert margin(np.array([0.0, 2, 4, 6], np.float32), np.array([0, 0, 1, 1])) == pytest.approx(4.0)
+
+
+def test_runs_on_one_encoder_look_at_each_picture_once(monkeypatch):
+    sets, known = {"held out": load_split(tiny_pictures(), "val").records}, {}
+    first = diagnose(finished_run(), sets, known)
+    assert first["held out"]["margin"] > 1
+    assert len(known) == 1
+    monkeypatch.setattr("benchmarks.diagnosis.embedded_batches", None)
+    assert diagnose(finished_run(), sets, known) == first
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.json")))
@@ -107,24 +124,21 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
         "seeds": [0],
         "environment": where,
     }
-    text = document(
-        [
-            {
-                "recipe": "edge",
-                "encoder": "lite",
-                "unseen": ["new", "newer"],
-                "not_in_means": {"faces": "no real faces"},
-                "choice": choice,
-                "final": {
-                    "variants": {"ntf": variant},
-                    "trivial_auc": {"new": 0.55},
-                    "pictures": {name: [10, 12] for name in aps},
-                    "seeds": [0, 1],
-                    "environment": where,
-                },
-            }
-        ]
-    )
+    results = {
+        "recipe": "edge",
+        "encoder": "lite",
+        "unseen": ["new", "newer"],
+        "not_in_means": {"faces": "no real faces"},
+        "choice": choice,
+        "final": {
+            "variants": {"ntf": variant},
+            "trivial_auc": {"new": 0.55},
+            "pictures": {name: [10, 12] for name in aps},
+            "seeds": [0, 1],
+            "environment": where,
+        },
+    }
+    text = document([results])
     assert "| ntf | 70.0 ± 1.0 | 80.0 ± 1.0 | 90.0 ± 1.0 | 100.0 ± 1.0 | 70.0 ± 7.1 | 75.0 ± 7.1 |" in text
     assert "| trivial features, AUC | 55.0 | n/a | n/a | n/a |" in text
     assert "Chosen for the test: **ntf**" in text
@@ -132,6 +146,33 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
     assert "| ntf | loss.eta = 0.1 | 70.0 | 70.0 |" in text
     assert "- broken: a sentence" in text
     assert "65.0 to 75.0" in text
+    assert "chosen since" not in text
+    later = results | {"choice": choice | {"chosen": "probe"}}
+    assert "**probe**, which was chosen since, is not in the table: `--step final` evaluates it." in document([later])
+
+
+def test_each_idea_says_what_it_gained_or_lost_beside_the_variant_without_it():
+    means = {"depths+eta=0.02": 0.7, "depths+eta=0.02+residual": 0.6, "depths+eta=0.02+rgb-residual": None}
+
+    def text(**changes):
+        found = {name: {"mean": mean} for name, mean in (means | changes).items()}
+        return ideas_section("edge", {"variants": found})
+
+    assert "depths+eta=0.02+residual 60.0, depths+eta=0.02+rgb-residual failed; depths+eta=0.02 70.0." in text()
+    assert "It loses 10.00 points at best, with depths+eta=0.02+residual." in text()
+    assert "It gains 5.00 points at best, with depths+eta=0.02+rgb-residual." in text(
+        **{"depths+eta=0.02+rgb-residual": 0.75}
+    )
+    assert "at best" not in text(**{"depths+eta=0.02+residual": None})
+
+
+def test_ideas_that_a_study_has_not_tried_are_left_out():
+    assert ideas_section("edge", {"variants": {"depths+eta=0.02": {"mean": 0.7}}}) == ""
+
+
+@pytest.mark.parametrize("name", sorted(IDEA_VARIANTS))
+def test_variants_of_the_ideas_are_candidates_of_the_recipe(name):
+    assert IDEA_VARIANTS[name] <= json.loads((RECIPES / f"{name}.json").read_text())["candidates"].keys()
 
 
 @pytest.mark.parametrize("name", ["edge", "server"])

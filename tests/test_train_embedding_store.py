@@ -10,7 +10,9 @@ import pytest
 import torch
 from training import GENERATOR, tiny_config, write_pictures
 
+from train.checkpoint import load_detector
 from train.config import CacheConfig, ModelConfig, Stage1Config
+from train.data import load_split
 from train.embedding_store import EmbeddingStore
 from train.encoder import Encoder
 from train.errors import TrainingError
@@ -18,6 +20,8 @@ from train.evaluate import evaluate_run
 from train.evaluation_config import EvaluationConfig
 from train.model import TraceModel
 from train.run import train
+from train.scoring import score_pictures
+from train.validation_scores import load_validation_scores
 
 
 @pytest.fixture
@@ -150,3 +154,33 @@ def test_run_that_trains_the_encoder_says_that_it_looks_nothing_up(tmp_path, cap
     train(config, tmp_path / "run")
     assert "note: the encoder is trained or compiled" in capsys.readouterr().out
     assert not (tmp_path / "store").exists()
+
+
+@torch.no_grad()
+def test_encoder_of_both_reads_what_those_of_pixels_and_residuals_have_left(model, images, tmp_path, monkeypatch):
+    passes, rows = counted(model, monkeypatch), {}
+    for reads in ("rgb", "residual", "both"):
+        reader = TraceModel(Encoder("test_resnet", depths=(1, 3), reads=reads), 16).eval()
+        reader.encoder.load_state_dict(model.encoder.state_dict())
+        reader.encoder.store = EmbeddingStore(tmp_path, "weights")
+        rows[reads] = reader.embed(images)
+    assert passes == [5, 5]
+    assert torch.equal(rows["both"], torch.cat((rows["rgb"], rows["residual"]), dim=1))
+    assert not torch.equal(rows["rgb"], rows["residual"])
+
+
+@pytest.mark.parametrize("reads", ["residual", "both"])
+def test_run_on_residuals_goes_through_its_caches_and_is_loaded_as_it_was_trained(tmp_path, reads):
+    data = write_pictures(tmp_path / "data", counts={"train": 8, "val": 10})
+    config = frozen_config(data, tmp_path / "store")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, encoder_input=reads, standardize=True),
+        cache=dataclasses.replace(config.cache, cache_features=True),
+    )
+    (tmp_path / "run").mkdir()
+    train(config, tmp_path / "run")
+    detector = load_detector(tmp_path / "run")
+    assert detector.encoder.reads == reads
+    found = score_pictures(detector, load_split(data, "val").records, progress=False).logits
+    np.testing.assert_allclose(found, load_validation_scores(tmp_path / "run").logits, rtol=1e-4, atol=1e-4)

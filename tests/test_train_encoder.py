@@ -10,9 +10,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 from skimage import data as photographs
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from runtime.preprocess import PreprocessSpec, prepare
-from train.encoder import Encoder, Standardizer, spatial_statistics, with_standardizer
+from train.encoder import RESIDUAL_GAIN, Encoder, Standardizer, residual, spatial_statistics, with_standardizer
 from train.encoder_weights import PACKAGE_ENCODER, load_encoder, load_exactly, read_state
 from train.encoder_weights import _package_weights as package_weights
 from train.errors import CheckpointError, ConfigError
@@ -113,6 +114,47 @@ def test_depth_whose_map_does_not_fit_the_last_one_is_refused():
     encoder = Encoder("legacy_xception", depths=(2,)).eval()
     with pytest.raises(ConfigError, match="got a map of 37 x 37 cells, wanted a multiple of the last one, 10 x 10"):
         encoder(torch.zeros(1, 3, 299, 299))
+
+
+def test_residual_is_what_the_mean_around_a_pixel_does_not_say():
+    pixels = torch.zeros(1, 1, 4, 5)
+    pixels[0, 0, 0, 0] = 9.0
+    expected = torch.zeros(4, 5)
+    # The corner has four pixels around it, itself included; those beside it, six and nine.
+    expected[0, 0], expected[0, 1], expected[1, 0], expected[1, 1] = 9 - 9 / 4, -9 / 6, -9 / 6, -1.0
+    torch.testing.assert_close(residual(pixels)[0, 0], RESIDUAL_GAIN * expected)
+    assert not residual(torch.full((2, 3, 6, 7), 5.0)).any()
+
+
+def test_residual_of_photographs_has_about_the_spread_of_the_pixels_that_encoders_know():
+    normalizer = PixelNormalizer(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    pictures = (photographs.chelsea(), photographs.coffee(), photographs.astronaut(), photographs.rocket())
+    spreads = [float(residual(normalizer(torch.from_numpy(picture[None]))).std()) for picture in pictures]
+    assert all(0.3 < spread < 3 for spread in spreads), spreads
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_encoder_of_residuals_is_the_plain_one_behind_the_filter_and_both_are_joined(name):
+    torch.manual_seed(1)
+    plain = Encoder(name, depths=(1,)).eval()
+    filtered, both = (Encoder(name, depths=(1,), reads=reads).eval() for reads in ("residual", "both"))
+    for encoder in (filtered, both):
+        load_exactly(encoder.net, plain.net.state_dict(), source="plain")
+    pixels = torch.randn(3, 3, *plain.input_size)
+    with torch.inference_mode():
+        of_pixels, of_residual, joined = plain(pixels), plain(residual(pixels)), both(pixels)
+        torch.testing.assert_close(filtered(pixels), of_residual)
+        torch.testing.assert_close(both.embed(pixels), joined.pooled)
+    assert (filtered.width, both.width) == (plain.width, 2 * plain.width)
+    torch.testing.assert_close(joined.pooled, torch.cat((of_pixels.pooled, of_residual.pooled), dim=1))
+    torch.testing.assert_close(joined.cells, torch.cat((of_pixels.cells, of_residual.cells), dim=3))
+    assert (of_pixels.pooled - of_residual.pooled).abs().max() > 0.1
+
+
+def test_parts_of_pixels_and_of_residuals_have_other_names():
+    names = {reads: Encoder("test_resnet", depths=(1,), reads=reads).part_names() for reads in ("rgb", "residual")}
+    assert not set(names["rgb"]) & set(names["residual"])
+    assert Encoder("test_resnet", depths=(1,), reads="both").part_names() == names["rgb"] + names["residual"]
 
 
 # Columns of the last map of 96 pixels; the stem of a ResNet halves twice, that of an EfficientNet once.

@@ -177,6 +177,11 @@ def model_of(*arguments):
     return parse_options(["--data", "x", *arguments]).run.model
 
 
+def test_command_line_says_what_the_encoder_reads():
+    assert model_of().encoder_input == "rgb"
+    assert model_of("--encoder-input", "residual").encoder_options()["reads"] == "residual"
+
+
 def test_command_line_sets_what_the_method_reads():
     assert model_of("--method", "probe").classifier_input == "encoder"
     assert model_of().classifier_input == "both"
@@ -258,6 +263,12 @@ def test_options_that_a_method_has_no_use_for_are_refused(data):
     [
         ("bce", {"model": {"standardize": True}}, "--standardize: got --method bce, which trains the encoder"),
         ("ntf", {"model": {"standardize": True}}, "--standardize: got --stage1.train-encoder, which trains the"),
+        (
+            "bce",
+            {"model": {"encoder_input": "both"}},
+            "--encoder-input both: got --method bce, which trains the encoder",
+        ),
+        ("ntf", {"model": {"encoder_input": "both"}}, "--encoder-input both: got --stage1.train-encoder, wanted a fro"),
         ("probe", {"stage2": {"train_encoder_blocks": 1}}, "--stage2.train-encoder-blocks 1: got --method probe"),
         (
             "ntf",

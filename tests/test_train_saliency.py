@@ -23,6 +23,7 @@ from train.loading import prepared_loader
 from train.model import NTFDetector, freeze_natural_traces
 from train.pictures import PictureRecord
 from train.saliency import (
+    LAST_MAP,
     Chosen,
     SaliencyPicture,
     SaliencySheet,
@@ -130,7 +131,13 @@ def test_detector_is_left_as_it_was(encoder: str, records: tuple[PictureRecord, 
 def test_transformer_of_another_build_is_refused() -> None:
     net = SimpleNamespace(num_prefix_tokens=1, blocks=[SimpleNamespace()])
     with pytest.raises(ConfigError, match=r"--gradcam with encoder odd: got a transformer without blocks\[-1\].norm1"):
-        saliency_layer(SimpleNamespace(net=net, name="odd"))
+        saliency_layer(SimpleNamespace(net=net, name="odd", reads="rgb"))
+
+
+def test_encoder_that_reads_a_picture_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--gradcam with --encoder-input both: got two last maps of each picture"):
+        saliency_layer(Encoder("test_resnet", reads="both"))
+    assert saliency_layer(Encoder("test_resnet", reads="residual")) == LAST_MAP
 
 
 def test_worst_mistakes_take_up_to_half_and_the_surest_right_ones_the_rest() -> None:

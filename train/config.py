@@ -18,6 +18,7 @@ from cpp_ext.reference import Denominator, Form
 from runtime.errors import BundleError
 from runtime.manifest import ThresholdRule
 from runtime.strict_json import from_jsonable
+from train.encoder import EncoderInput
 from train.encoder_weights import PACKAGE_ENCODER, PACKAGE_WEIGHTS
 from train.equalize import EqualizeConfig
 from train.errors import ConfigError
@@ -51,13 +52,21 @@ class ModelConfig:
     encoder_depths: tuple[int, ...] = ()
     """Stages of a convolutional network, or blocks of a ViT, counted from 0, that join the embedding: class tokens of a
     ViT, mean and standard deviation of a map. Traces of synthesis are low-level."""
+    encoder_input: EncoderInput = "rgb"
+    """What the encoder reads: the picture, its high-frequency residual (each pixel without the mean of the 3 x 3 around
+    it, amplified), or both, whose two embeddings are joined and cost two passes. The filter is part of the exported
+    graph."""
     standardize: bool = False
     """Heads read the frozen encoder's embedding with mean 0 and standard deviation 1 in each dimension, taken over the
     training pictures' centre crops before anything is trained."""
 
     def encoder_options(self) -> dict[str, Any]:
         """Keyword arguments of `train.encoder.Encoder`: what makes the timm network another encoder."""
-        return {"early_downsampling": self.early_downsampling, "depths": self.encoder_depths}
+        return {
+            "early_downsampling": self.early_downsampling,
+            "depths": self.encoder_depths,
+            "reads": self.encoder_input,
+        }
 
 
 @dataclass(frozen=True)
@@ -281,15 +290,19 @@ class RunConfig:
 def preset_config(preset: Preset) -> RunConfig:
     """The paper's settings; the demo's, which two cores train in minutes; or what was best on held-out generators.
 
-    "edge" and "server" are what was best on held-out generators in docs/results.md: heads on a frozen encoder,
-    EfficientNet-lite0 or a CLIP ViT-B/16, that read several depths of it, without the contrastive loss. The weights
-    of the latter are in no package.
+    "edge" and "server" are what was best on held-out generators in docs/results.md: heads on a frozen encoder that read
+    several depths of it. "edge" is EfficientNet-lite0 on the picture and on its residual, with little of the natural
+    traces in the contrastive loss; "server" is a CLIP ViT-B/16, whose weights are in no package, without that loss.
     """
     if preset == "edge":
-        return _heads_on(ModelConfig(encoder_depths=(0, 1, 2, 3, 4)), preset)
+        return _heads_on(
+            ModelConfig(encoder_depths=(0, 1, 2, 3, 4), encoder_input="both"), LossConfig(eta=0.02), preset
+        )
     if preset == "server":
         clip = "vit_base_patch16_clip_quickgelu_224"
-        return _heads_on(ModelConfig(encoder=clip, encoder_weights="", encoder_depths=(5, 7, 9)), preset)
+        model = ModelConfig(encoder=clip, encoder_weights="", encoder_depths=(5, 7, 9))
+        # With so few fakes the contrastive loss separates the training pictures alone.
+        return _heads_on(model, LossConfig(scl_weight=0.0), preset)
     if preset == "paper":
         model = ModelConfig(encoder="resnet50", encoder_weights="")
         return RunConfig(preset="paper", model=model, workers=8)
@@ -304,14 +317,12 @@ def preset_config(preset: Preset) -> RunConfig:
     )
 
 
-def _heads_on(model: ModelConfig, preset: Preset) -> RunConfig:
-    """Heads on several depths of a frozen encoder, without the contrastive loss."""
+def _heads_on(model: ModelConfig, loss: LossConfig, preset: Preset) -> RunConfig:
+    """Heads on several depths of a frozen encoder."""
     return RunConfig(
         preset=preset,
         model=replace(model, standardize=True, head_width=512),
-        # With so few fakes the contrastive loss separates the training pictures alone: held-out generators are found
-        # as well or better without it (docs/results.md). With it, --eta 0.02 was best.
-        loss=LossConfig(scl_weight=0.0),
+        loss=loss,
         augment=AugmentConfig(flip=False),
         stage1=Stage1Config(epochs=10, lr=1e-3, weight_decay=1e-2, optimizer="adamw", train_encoder=False),
         stage2=Stage2Config(epochs=12, lr=1e-3, weight_decay=1e-2, optimizer="adamw", class_balance=True, scl_crop=224),

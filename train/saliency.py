@@ -242,8 +242,16 @@ def saliency_layer(encoder: Encoder) -> str:
     """What Grad-CAM++ is taken from, in words.
 
     Raises:
-        ConfigError: a transformer whose last block has no first normalisation.
+        ConfigError: a transformer whose last block has no first normalisation, or an encoder that reads a picture
+            twice.
     """
+    if encoder.reads == "both":
+        raise ConfigError(
+            "--gradcam with --encoder-input both",
+            got="two last maps of each picture",
+            wanted="one",
+            remedy="leave --gradcam out",
+        )
     if not hasattr(encoder.net, "num_prefix_tokens"):
         return LAST_MAP
     if not hasattr(encoder.net, "blocks") or not hasattr(encoder.net.blocks[-1], "norm1"):
