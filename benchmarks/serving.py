@@ -232,8 +232,9 @@ def markdown(results: dict[str, Any]) -> str:
     machine, settings = results["environment"]["machine"], results["settings"]
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores that the client shares; {settings['encoder']}, fp32 on "
-        f"{settings['backend']}; {settings['picture']}; random arrivals, {settings['seconds_per_rate']:g} s or more of "
-        "each rate.",
+        f"{settings['backend']}; {settings['picture']}. Unloaded: one client; sustainable: the best of "
+        f"{CLIENTS[0]} to {CLIENTS[-1]} clients, each of which waits for its answer, and as long as it is told to; "
+        f"overload: {settings['overload']} times that, at random moments.",
         "",
         "| load | requests a second | answered | refused with 429 | otherwise | p50 of answered | p99 |",
         "|---|---:|---:|---:|---:|---:|---:|",
