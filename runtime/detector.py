@@ -63,7 +63,7 @@ class Detection:
     cause: NTFError | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionary with the same field names, ready for `json.dumps`; evidence as rows of numbers."""
+        """Plain dictionary of all fields but `cause`, ready for `json.dumps`; evidence as rows of numbers."""
         evidence = self.evidence
         rows = None if evidence is None else np.round(evidence.astype(np.float64), _EVIDENCE_DECIMALS).tolist()
         return {

@@ -1,6 +1,6 @@
 """How many scans a progressive JPEG file has: a hundred bytes can be another pass over every block of a large picture.
 
-Pillow and libjpeg read as many as there are, so a file of some MiB keeps a thread busy for hours.
+Pillow and libjpeg read as many as there are, so each MiB of such a file can keep a thread busy for minutes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from bundle_fixtures import CALIBRATION, PRECISION_OFFSET, numpy_outputs, random
 from PIL import Image
 
 from runtime import Detector
-from runtime.errors import BackendError, BundleError, UsageError
+from runtime.errors import BackendError, BundleError, PictureError, PictureFormatError, UsageError
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("onnxruntime", "openvino")
@@ -104,6 +104,8 @@ def test_bad_picture_gets_an_error_and_the_rest_goes_on(detector, tmp_path):
     assert "gone.jpg: got no such file" in gone.error
     assert "no known picture format" in text.error
     assert "got a folder" in folder.error
+    assert [type(one.cause) for one in (gone, text, folder)] == [PictureError, PictureFormatError, PictureError]
+    assert [str(one.cause) for one in (gone, text, folder)] == [gone.error, text.error, folder.error]
     for failed in (gone, text, folder):
         assert (failed.fake_probability, failed.verdict, failed.trace_similarity, failed.evidence) == (None,) * 4
 
@@ -251,6 +253,7 @@ def test_output_that_is_not_finite_becomes_an_error_of_that_picture(detector, mo
     monkeypatch.setattr(detector._backend, "infer", broken_infer)
     first, second, third = detector.predict(random_images(3))
     assert "not a finite number" in second.error
+    assert isinstance(second.cause, BackendError)  # the fault is not the picture's
     assert second.fake_probability is None
     assert first.error is None
     assert third.error is None
