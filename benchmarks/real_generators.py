@@ -64,7 +64,6 @@ class Recipe:
     Attributes:
         base: changes of the paper preset that all variants share.
         baselines: detectors to compare with.
-        final_only: baselines that are not trained without each held-out generator, since they take too long.
         paper: the method as in the paper.
         candidates: the method with other options, among which, and `paper`, validation chooses.
         controls: the same networks without parts of the method; the best of them is compared as well.
@@ -75,7 +74,6 @@ class Recipe:
 
     base: dict[str, Any]
     baselines: dict[str, dict[str, Any]]
-    final_only: tuple[str, ...]
     paper: dict[str, dict[str, Any]]
     candidates: dict[str, dict[str, Any]]
     controls: dict[str, dict[str, Any]]
@@ -120,7 +118,7 @@ def read_recipe(options: Options) -> Recipe:
         known = ", ".join(sorted(found.stem for found in RECIPES.glob("*.json")))
         raise ConfigError("--recipe", got=options.recipe, wanted=f"one of {known}", remedy="name one of these")
     values = json.loads(path.read_text(encoding="utf-8"))
-    recipe = Recipe(**values | {name: tuple(values[name]) for name in ("final_only", "hold_out", "unseen")})
+    recipe = Recipe(**values | {name: tuple(values[name]) for name in ("hold_out", "unseen")})
     recipe.base["cache"] = recipe.base.get("cache", {}) | {
         "cache_dir": str(Path(options.cache_dir or options.out / "embeddings").absolute())
     }
@@ -151,8 +149,7 @@ def chosen_of(results: dict[str, Any]) -> tuple[str, str]:
 def choose(recipe: Recipe, options: Options) -> tuple[dict[str, Any], int]:
     """AP of every variant on each held-out generator, and the NTF variant with the largest mean."""
     pictures = scan_pictures(options.data)
-    quick = {name: changes for name, changes in recipe.baselines.items() if name not in recipe.final_only}
-    variants = quick | recipe.paper | recipe.candidates | recipe.controls
+    variants = recipe.baselines | recipe.paper | recipe.candidates | recipe.controls
     reports, diagnosis = {}, {}
     for generator in recipe.hold_out:
         out = options.out / f"without-{generator}"
@@ -260,6 +257,8 @@ def study(
 def write_hold_out(pictures: PictureSet, generator: str, path: Path) -> Path:
     """A list in which this generator's training and validation pictures are the validation split, all others train.
 
+    Fakes that were made from an original of these pictures, as `train.resynthesize` makes them, are in neither split.
+
     Raises:
         ConfigError: there is no such generator.
     """
@@ -267,12 +266,14 @@ def write_hold_out(pictures: PictureSet, generator: str, path: Path) -> Path:
     if generator not in known:
         raise ConfigError("hold_out", got=generator, wanted=f"one of {', '.join(known)}", remedy="correct the recipe")
     path.parent.mkdir(parents=True, exist_ok=True)
+    originals = {record.original_id for record in pictures.records if record.generator == generator}
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("path", "label", "generator", "family", "original_id", "split"))
         for record in pictures.records:
             held_out = record.generator == generator
-            if record.split == "test" or (record.split == "val" and not held_out):
+            made_from_it = record.label == 1 and record.original_id in originals
+            if record.split == "test" or (not held_out and (record.split == "val" or made_from_it)):
                 continue
             split = "val" if held_out else "train"
             rows.writerow((record.path, record.label, record.generator, record.family, record.original_id, split))

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from train.data import SOURCES_FILE, scan_pictures
 from train.demo_cache import LICENCES_FILE, read_figures, replace_folder, why_stale, write_manifest
@@ -31,9 +28,10 @@ from train.resynthesis import (
     ResynthesisConfig,
     ResynthesisNet,
     one_thread_each,
+    progress_bars,
     psnr_db,
     resynthesize,
-    train_resynthesis,
+    train_networks,
 )
 
 DEMO_ROOT = Path("data/demo")
@@ -129,7 +127,7 @@ def ensure_demo_data(
     if reason is None:
         return root
     print(f"Building the demo data in {root}: {reason}.", flush=True)
-    with replace_folder(root) as building, one_thread_each(), _progress(progress) as bars:
+    with replace_folder(root) as building, one_thread_each(), progress_bars(shown=progress) as bars:
         figures = _build(building, config, bars)
         write_manifest(building, recipe, figures)
     return root
@@ -203,23 +201,7 @@ def _splits(config: DemoDataConfig) -> tuple[_Split, ...]:
 def _train_networks(config: DemoDataConfig, bars: Progress) -> dict[str, ResynthesisNet]:
     scales = np.linspace(*config.scale, num=4)
     photographs = [_reduced(load_photograph(name), scale) for name in config.train_photographs for scale in scales]
-    interrupted = threading.Event()
-    tasks = {name: bars.add_task(f"training {name}", total=config.networks.steps) for name in UPSAMPLERS}
-
-    def train(name: str) -> ResynthesisNet:
-        def report(step: int, _loss: float) -> None:
-            if interrupted.is_set():
-                raise InterruptedError
-            bars.update(tasks[name], completed=step)
-
-        return train_resynthesis(name, photographs, config.networks, report=report)
-
-    with ThreadPoolExecutor(max_workers=min(len(UPSAMPLERS), os.cpu_count() or 1)) as pool:
-        try:
-            return dict(zip(UPSAMPLERS, pool.map(train, UPSAMPLERS), strict=True))
-        except BaseException:
-            interrupted.set()  # the pool waits for its threads, which would train on to their end
-            raise
+    return train_networks(UPSAMPLERS, photographs, config.networks, bars)
 
 
 def _reduced(photograph: Pictures, scale: float) -> Pictures:
@@ -271,16 +253,6 @@ def _write_tables(root: Path, rows: list[tuple[str, str, str, str]], config: Dem
     used = {*config.train_photographs, *config.val_photographs, *config.test_photographs}
     names = tuple(name for name in PHOTOGRAPHS if name in used)
     (root / LICENCES_FILE).write_text(licences_markdown(names), encoding="utf-8")
-
-
-def _progress(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        disable=not shown,
-    )
 
 
 if __name__ == "__main__":

@@ -6,14 +6,17 @@ What they leave in a picture is the trace of their up-sampling and nothing else 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn import functional as F
 
@@ -104,6 +107,40 @@ def train_resynthesis(
         if report is not None:
             report(step, loss.item())
     return net.eval()
+
+
+def train_networks(
+    upsamplers: Sequence[str], photographs: Sequence[Pictures], config: ResynthesisConfig, bars: Progress
+) -> dict[str, ResynthesisNet]:
+    """A network for each of the up-samplers, in a thread each, with a bar for each; as `train_resynthesis`."""
+    interrupted = threading.Event()
+    tasks = {name: bars.add_task(f"training {name}", total=config.steps) for name in upsamplers}
+
+    def train(name: str) -> ResynthesisNet:
+        def report(step: int, _loss: float) -> None:
+            if interrupted.is_set():
+                raise InterruptedError
+            bars.update(tasks[name], completed=step)
+
+        return train_resynthesis(name, photographs, config, report=report)
+
+    with ThreadPoolExecutor(max_workers=min(len(upsamplers), os.cpu_count() or 1)) as pool:
+        try:
+            return dict(zip(upsamplers, pool.map(train, upsamplers), strict=True))
+        except BaseException:
+            interrupted.set()  # the pool waits for its threads, which would train on to their end
+            raise
+
+
+def progress_bars(*, shown: bool) -> Progress:
+    """Bars for `train_networks` and for what follows it."""
+    return Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        disable=not shown,
+    )
 
 
 @torch.inference_mode()

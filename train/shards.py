@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 import sys
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -28,6 +26,7 @@ from train.checkpoint import write_atomically
 from train.data import scan_pictures
 from train.data_shards import INDEX_FILE, SHARD_SUFFIX
 from train.errors import ConfigError
+from train.folders import new_folder
 from train.integrity import checked
 from train.pictures import CorruptPolicy, PictureRecord, PictureSet, relative_path
 
@@ -83,22 +82,10 @@ def write_shards(pictures: PictureSet, out: Path, *, shard_mb: int = 256, progre
     """
     if shard_mb < 1:
         raise ConfigError("--shard-mb", got=str(shard_mb), wanted="1 or more", remedy="change this option")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            f"--out {out}", got="a folder that is not empty", wanted="a new folder", remedy="choose another name"
-        )
-    building = out.with_name(f".{out.name}.building-{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with new_folder(out) as building:
         records = track(pictures.records, "writing", disable=not progress)
         shards = _write_all(records, pictures.root, building, shard_mb * BYTES_PER_MB)
         write_atomically(building / INDEX_FILE, canonical_json(_index(pictures, shards)).encode())
-        if out.exists():
-            out.rmdir()
-        building.rename(out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return [out / shard.name for shard in shards]
 
 
