@@ -17,7 +17,17 @@ from train.markdown import markdown_table, percent
 RESULTS = Path("benchmarks/results")
 DOCUMENT = Path("docs/results.md")
 TUNED = "tuned"
-NAMES = {"edge": "Edge encoder", "server": "Server encoder"}
+NAMES = {
+    "edge": "Edge encoder",
+    "edge_resynthesis": "Edge encoder, with rebuilt photographs",
+    "server": "Server encoder",
+    "server_resynthesis": "Server encoder, with rebuilt photographs",
+}
+PLAIN = {"edge_resynthesis": "edge", "server_resynthesis": "server"}  # the same without the rebuilt photographs
+REBUILT = """The same training pictures, and as more fakes every real one of them as a small network rebuilds it:
+`python -m train.resynthesize` with its defaults, one network with transposed convolutions that learnt from these
+photographs alone. Where a generator is held out, what was rebuilt from its photographs is left out as well. Validation
+and test pictures are those above."""
 INTRODUCTION = """# Methods on real generators
 
 Made by `python -m benchmarks.real_generators` from `benchmarks/results/generators_*.json`; benchmarks/README.md says
@@ -42,13 +52,41 @@ def write_document(path: Path) -> None:
 def document(results: Sequence[Mapping[str, Any]]) -> str:
     """The whole document as Markdown."""
     sections = [INTRODUCTION]
+    known = {found["recipe"]: found for found in results}
     for found in results:
         sections.append(f"## {NAMES.get(found['recipe'], found['recipe'])}: `{found['encoder']}`")
+        if found["recipe"] in PLAIN:
+            sections += [REBUILT, *_with_and_without(found, known.get(PLAIN[found["recipe"]]))]
         if "final" in found:
             sections += ["### Test", _final(found)]
         if "choice" in found:
             sections += ["### Choice on held-out generators", _choice(found["choice"], found["recipe"])]
     return "\n\n".join([*sections, UNMEASURED])
+
+
+def _with_and_without(found: Mapping[str, Any], plain: Mapping[str, Any] | None) -> list[str]:
+    """What the rebuilt photographs change for each variant of both studies: one table, or nothing to compare with."""
+    if plain is None:
+        return []
+    studies = (plain, found)
+    names = {name for f in studies for part in ("choice", "final") if part in f for name in f[part]["variants"]}
+    rows = []
+    for name in sorted(names):
+        cells = [*(_held_out_mean(f, name) for f in studies), *(_unseen_mean(f, name) for f in studies)]
+        if all(cells[:2]) or all(cells[2:]):
+            rows.append((name, *cells))
+    head = ("mean AP", "held out, without", "held out, with", "unseen test, without", "unseen test, with")
+    return [markdown_table(head, rows)] if rows else []
+
+
+def _held_out_mean(found: Mapping[str, Any], name: str) -> str:
+    variant = found.get("choice", {}).get("variants", {}).get(name)
+    return "" if variant is None else percent(variant["mean"])
+
+
+def _unseen_mean(found: Mapping[str, Any], name: str) -> str:
+    variant = found.get("final", {}).get("variants", {}).get(name)
+    return "" if variant is None or not variant["by_seed"] else _mean(variant, found["unseen"])
 
 
 def _choice(choice: Mapping[str, Any], recipe: str) -> str:

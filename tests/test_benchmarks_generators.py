@@ -30,9 +30,9 @@ IDEA_VARIANTS = {
 @pytest.fixture
 def pictures(tmp_path):
     records = tuple(
-        PictureRecord(tmp_path / f"{split}-{generator}-{label}-{n}.png", label, generator, generator, f"{n}", split)
+        PictureRecord(tmp_path / f"{split}-{name}-{label}-{n}.png", label, name, name, f"{name}{n}", split)
         for split in ("train", "val", "test")
-        for generator in ("a", "b")
+        for name in ("a", "b")
         for label in (0, 1)
         for n in range(2)
     )
@@ -49,6 +49,18 @@ def test_held_out_generator_is_the_validation_split_and_no_test_picture_is_liste
     assert (len(train), len(held_out)) == (4, 8)
     names = {record.path.name for record in scan_pictures(listed).records}
     assert not any(name.startswith("test") for name in names)
+
+
+def test_fakes_made_from_an_original_of_the_held_out_generator_are_in_neither_split(pictures, tmp_path):
+    made = []
+    for original in ("a0", "b0"):
+        record = PictureRecord(tmp_path / f"rebuilt {original}.png", 1, "rebuilt", "rebuilt", original, "train")
+        record.path.write_bytes(b"picture")
+        made.append(record)
+    listed = write_hold_out(PictureSet(tmp_path, "list", (*pictures.records, *made)), "a", tmp_path / "without-a.csv")
+    found = scan_pictures(listed).records
+    assert [r.path.name for r in found if r.generator == "rebuilt"] == ["rebuilt b0.png"]
+    assert len([r for r in found if r.generator == "b"]) == 4
 
 
 def test_generator_that_is_not_there_cannot_be_held_out(pictures, tmp_path):
@@ -149,6 +161,12 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
     assert "chosen since" not in text
     later = results | {"choice": choice | {"chosen": "probe"}}
     assert "**probe**, which was chosen since, is not in the table: `--step final` evaluates it." in document([later])
+    variants = {"ntf": choice["variants"]["ntf"] | {"mean": 0.81}, "alone": choice["variants"]["probe"]}
+    rebuilt = results | {"recipe": "edge_resynthesis", "choice": choice | {"variants": variants}}
+    both = document([results, rebuilt])
+    assert "| ntf | 70.0 | 81.0 | 70.0 ± 7.1 | 70.0 ± 7.1 |" in both
+    assert "| alone | 80.0 |" not in both.partition("held out, without")[2].partition("###")[0]
+    assert "held out, without" not in document([rebuilt])
 
 
 def test_each_idea_says_what_it_gained_or_lost_beside_the_variant_without_it():

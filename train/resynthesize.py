@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, prog="python -m train.resynthesize", args=arguments)
     try:
         rebuilt = write_resynthesized(options)
+    except OSError as error:
+        print(f"error: {_unwritable(options.out, error)}", file=sys.stderr)
+        return 2
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -113,6 +116,15 @@ def write_resynthesized(options: Options) -> int:
             bars.advance(task)
         _write_list(building / LIST_FILE, rows)
     return len(rebuilt)
+
+
+def _unwritable(out: Path, error: OSError) -> DataError:
+    return DataError(
+        f"--out {out}",
+        got=error.strerror or str(error),
+        wanted="a folder that can be written",
+        remedy="free some space, or choose another one",
+    )
 
 
 def _check_options(options: Options) -> None:
