@@ -35,12 +35,19 @@ class ResynthesisConfig:
     """Size and training of one network; the defaults take about half a minute on one core."""
 
     steps: int = 1500
+    """Batches that each network learns from."""
     batch: int = 4
+    """Patches in a batch."""
     patch_px: int = 64
+    """Side of a patch."""
     width: int = 24
+    """Channels of the networks' outer layers."""
     code_channels: int = 16
+    """Channels between encoder and decoder: fewer rebuild less."""
     learning_rate: float = 6e-3
+    """Largest of a one-cycle schedule."""
     seed: int = 0
+    """Of weights and patches."""
 
 
 class ResynthesisNet(nn.Module):
