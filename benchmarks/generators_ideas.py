@@ -58,8 +58,9 @@ pictures, gives the verdict of one view.
 standard deviation of the first stages' maps, whose cells see 7, 19 and 67 px in lite0; rows of Eq. (5) from random
 crops of 32 px are those of ntf-paper.
 
-**Not tried here.** Blocks of the encoder that stage 2 trains as well, augmented views of a frozen encoder, and `bce`
-at 224 px or for more epochs than the four at 112 px above."""
+**Not tried here.** Blocks of the encoder that stage 2 trains as well, augmented views of a frozen encoder, `bce` at
+224 px or for more epochs than the four at 112 px above, and `bce` with the rebuilt photographs, which double its
+training time."""
 
 
 def ideas_section(recipe: str, choice: Mapping[str, Any]) -> str:

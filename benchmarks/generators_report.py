@@ -28,6 +28,9 @@ REBUILT = """The same training pictures, and as more fakes every real one of the
 `python -m train.resynthesize` with its defaults, one network with transposed convolutions that learnt from these
 photographs alone. Where a generator is held out, what was rebuilt from its photographs is left out as well. Validation
 and test pictures are those above."""
+BASELINES = ("probe", "nearest", "bce")
+STANDINGS = """The method: the variant that the held-out generators chose. n/a: not trained. The presets `edge` and
+`server` are what is best on the held-out generators of the first section of their encoder, of the method or not."""
 INTRODUCTION = """# Methods on real generators
 
 Made by `python -m benchmarks.real_generators` from `benchmarks/results/generators_*.json`; benchmarks/README.md says
@@ -51,7 +54,7 @@ def write_document(path: Path) -> None:
 
 def document(results: Sequence[Mapping[str, Any]]) -> str:
     """The whole document as Markdown."""
-    sections = [INTRODUCTION]
+    sections = [INTRODUCTION, "## Which is ahead", *_standings(results)]
     known = {found["recipe"]: found for found in results}
     for found in results:
         sections.append(f"## {NAMES.get(found['recipe'], found['recipe'])}: `{found['encoder']}`")
@@ -62,6 +65,21 @@ def document(results: Sequence[Mapping[str, Any]]) -> str:
         if "choice" in found:
             sections += ["### Choice on held-out generators", _choice(found["choice"], found["recipe"])]
     return "\n\n".join([*sections, UNMEASURED])
+
+
+def _standings(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The chosen variant beside each baseline and the best control, on held-out and on unseen test generators."""
+    rows = []
+    for found in results:
+        if "choice" not in found:
+            continue
+        choice = found["choice"]
+        for place, figure in (("held out", _held_out_mean), ("unseen test", _unseen_mean)):
+            cells = [figure(found, name) or "n/a" for name in (choice["chosen"], *BASELINES, choice["best_control"])]
+            if cells[0] != "n/a":
+                rows.append((f"{NAMES.get(found['recipe'], found['recipe'])}, {place}", *cells))
+    head = ("mean AP", "the method", *BASELINES, "best control")
+    return [markdown_table(head, rows), STANDINGS]
 
 
 def _with_and_without(found: Mapping[str, Any], plain: Mapping[str, Any] | None) -> list[str]:

@@ -154,6 +154,8 @@ def test_document_says_what_won_on_validation_and_counts_the_unseen_generators_a
     assert "| ntf | 70.0 ± 1.0 | 80.0 ± 1.0 | 90.0 ± 1.0 | 100.0 ± 1.0 | 70.0 ± 7.1 | 75.0 ± 7.1 |" in text
     assert "| trivial features, AUC | 55.0 | n/a | n/a | n/a |" in text
     assert "Chosen for the test: **ntf**" in text
+    assert "| Edge encoder, held out | 70.0 | 80.0 | n/a | n/a | n/a |" in text
+    assert "| Edge encoder, unseen test | 70.0 ± 7.1 | n/a | n/a | n/a | n/a |" in text
     assert "**probe** is best on the held-out generators" in text
     assert "| ntf | loss.eta = 0.1 | 70.0 | 70.0 |" in text
     assert "- broken: a sentence" in text
