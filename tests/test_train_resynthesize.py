@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,18 @@ def test_shards_a_taken_folder_and_fakes_alone_are_refused(
         path.unlink()
     assert resynthesize(data, tmp_path / "out") == 2
     assert "got no real picture in its train split" in capsys.readouterr().err
+
+
+def test_corrupt_pictures_are_refused_or_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = photographs(tmp_path / "set", {}, ".png")
+    broken = min(data.rglob("0_real/*.png"))
+    broken.write_bytes(broken.read_bytes()[:200])
+    assert resynthesize(data, tmp_path / "out") == 2
+    assert "--corrupt skip" in capsys.readouterr().err
+    assert resynthesize(data, tmp_path / "out", "--corrupt", "skip") == 0
+    assert len(rebuilt_of(tmp_path / "out")) == 2
+    listed = json.loads((tmp_path / "out" / "corrupt.json").read_text())
+    assert [picture["path"] for picture in listed["pictures"]] == [broken.relative_to(data).as_posix()]
 
 
 def test_full_disk_is_told_and_leaves_nothing(

@@ -15,7 +15,7 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,10 +24,11 @@ import tyro
 from PIL import Image, JpegImagePlugin
 
 from runtime.errors import NTFError
+from train.checkpoint import save_json
 from train.data import scan_pictures
 from train.errors import ConfigError, DataError
 from train.folders import new_folder
-from train.integrity import checked
+from train.integrity import CORRUPT_FILE, checked, corrupt_counts
 from train.pictures import CorruptPolicy, PictureRecord, PictureSet, load_pixels
 from train.resynthesis import (
     Pictures,
@@ -65,7 +66,7 @@ class Options:
         default_factory=lambda: ResynthesisConfig(steps=2000, batch=8)
     )
     corrupt: CorruptPolicy = "refuse"
-    """Refuse a collection with pictures that cannot be decoded, or leave them out."""
+    """Refuse a collection with pictures that cannot be decoded, or leave them out and list them in corrupt.json."""
     workers: int = 0
     """Threads that check the pictures."""
     progress: bool = True
@@ -115,6 +116,9 @@ def write_resynthesized(options: Options) -> int:
             rows.append((f"{upsampler}/{name}", "1", f"resynthesis_{upsampler}", FAMILY, record.original_id, split))
             bars.advance(task)
         _write_list(building / LIST_FILE, rows)
+        if pictures.corrupt:
+            listed = [asdict(picture) for picture in pictures.corrupt]
+            save_json(building / CORRUPT_FILE, {"counts": corrupt_counts(pictures.corrupt), "pictures": listed})
     return len(rebuilt)
 
 
