@@ -59,8 +59,8 @@ standard deviation of the first stages' maps, whose cells see 7, 19 and 67 px in
 crops of 32 px are those of ntf-paper.
 
 **Not tried here.** Blocks of the encoder that stage 2 trains as well, augmented views of a frozen encoder, `bce` at
-224 px or for more epochs than the four at 112 px above, and `bce` with the rebuilt photographs, which double its
-training time."""
+224 px or for more epochs than the four at 112 px above, `bce` with the rebuilt photographs, which double its training
+time, and, without these, the control without the contrastive loss on picture and residual (rgb-residual+no-scl)."""
 
 
 def ideas_section(recipe: str, choice: Mapping[str, Any]) -> str:

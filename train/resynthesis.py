@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn import functional as F
 
-UPSAMPLERS = ("transposed_conv", "nearest_conv", "pixel_shuffle")
+Upsampler = Literal["transposed_conv", "nearest_conv", "pixel_shuffle"]
+UPSAMPLERS: tuple[Upsampler, ...] = get_args(Upsampler)
+MULTIPLE = 4  # of a picture's height and width: there are two strided convolutions
 MARGIN = 16  # mirrored around a picture before the network, cut off after: its border is no artefact of synthesis
 
 Pictures = NDArray[np.uint8]

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -31,9 +31,12 @@ from train.folders import new_folder
 from train.integrity import CORRUPT_FILE, checked, corrupt_counts
 from train.pictures import CorruptPolicy, PictureRecord, PictureSet, load_pixels
 from train.resynthesis import (
+    MARGIN,
+    MULTIPLE,
     Pictures,
     ResynthesisConfig,
     ResynthesisNet,
+    Upsampler,
     one_thread_each,
     progress_bars,
     resynthesize,
@@ -43,9 +46,7 @@ from train.resynthesis import (
 LIST_FILE = "pictures.csv"
 FAMILY = "resynthesis"
 COLUMNS = ("path", "label", "generator", "family", "original_id", "split")
-MULTIPLE = 4  # of height and width, which the networks need
-
-Upsampler = Literal["transposed_conv", "nearest_conv", "pixel_shuffle"]
+SMALLEST_PATCH_PX = MARGIN + MULTIPLE  # a border is mirrored, which takes more pixels than it has
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, prog="python -m train.resynthesize", args=arguments)
     try:
         rebuilt = write_resynthesized(options)
-    except OSError as error:
-        print(f"error: {_unwritable(options.out, error)}", file=sys.stderr)
-        return 2
     except NTFError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -93,7 +91,8 @@ def write_resynthesized(options: Options) -> int:
 
     Raises:
         ConfigError: an option that makes no sense, or a folder that is taken.
-        DataError: the collection cannot be used: shards, no real training pictures, or some that are too small.
+        DataError: the collection cannot be used: shards, no real training pictures, or some that are too small; or
+            --out cannot be written.
     """
     _check_options(options)
     pictures = scan_pictures(options.data, require_both=False)
@@ -104,6 +103,17 @@ def write_resynthesized(options: Options) -> int:
     learnt = [chosen[i] for i in sorted(rng.permutation(len(chosen))[: options.learn_from])]
     count = max(1, round(options.share * len(chosen)))
     rebuilt = [chosen[i] for i in sorted(rng.permutation(len(chosen))[:count])]
+    try:
+        _write_all(pictures, learnt, rebuilt, options)
+    except OSError as error:
+        raise _unwritable(options.out, error) from error
+    return len(rebuilt)
+
+
+def _write_all(
+    pictures: PictureSet, learnt: Sequence[PictureRecord], rebuilt: Sequence[PictureRecord], options: Options
+) -> None:
+    """Trains the networks on `learnt`, and fills the folder with `rebuilt` and the list of all pictures."""
     with new_folder(options.out) as building, one_thread_each(), progress_bars(shown=options.progress) as bars:
         photographs = [_pixels(record, options.networks.patch_px) for record in learnt]
         networks = train_networks(options.upsamplers, photographs, options.networks, bars)
@@ -119,7 +129,6 @@ def write_resynthesized(options: Options) -> int:
         if pictures.corrupt:
             listed = [asdict(picture) for picture in pictures.corrupt]
             save_json(building / CORRUPT_FILE, {"counts": corrupt_counts(pictures.corrupt), "pictures": listed})
-    return len(rebuilt)
 
 
 def _unwritable(out: Path, error: OSError) -> DataError:
@@ -132,9 +141,17 @@ def _unwritable(out: Path, error: OSError) -> DataError:
 
 
 def _check_options(options: Options) -> None:
+    networks = options.networks
+    positive = {"--steps": networks.steps, "--batch": networks.batch, "--width": networks.width}
+    positive |= {"--code-channels": networks.code_channels}
+    patch = networks.patch_px
+    patch_fits = patch >= SMALLEST_PATCH_PX and patch % MULTIPLE == 0
     for name, got, good, wanted in (
         ("--share", options.share, 0 < options.share <= 1, "more than 0 and at most 1"),
         ("--learn-from", options.learn_from, options.learn_from >= 1, "1 or more"),
+        *((name, value, value >= 1, "1 or more") for name, value in positive.items()),
+        ("--learning-rate", networks.learning_rate, networks.learning_rate > 0, "more than 0"),
+        ("--patch-px", patch, patch_fits, f"a multiple of {MULTIPLE}, {SMALLEST_PATCH_PX} or more"),
         ("--upsamplers", " ".join(options.upsamplers), _all_different(options.upsamplers), "one or more, each once"),
     ):
         if not good:
